@@ -1,0 +1,25 @@
+"""Key-padding masks as a bias on the scores of each key."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def key_bias(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """(batch, length) float32 bias, 0 where a bool `mask` is True and -inf elsewhere; additive masks keep their values.
+
+    Attention is invariant to a constant added to all keys, so the largest bias of a row is shifted to 0: its
+    exponential then is a weight in [0, 1] that cannot overflow in the linear branch. A row of -inf stays so.
+
+    Args:
+        mask: bool or floating point, broadcastable to (batch, 1, 1, length).
+    """
+    if mask is None:
+        return None
+    mask = mask.expand(batch, 1, 1, length).reshape(batch, length)
+    if mask.dtype == torch.bool:
+        return torch.zeros(batch, length, device=mask.device).masked_fill(~mask, -torch.inf)
+    bias = mask.float()
+    largest = bias.amax(-1, keepdim=True)
+    return bias - largest.where(largest > -torch.inf, 0)

@@ -1,0 +1,106 @@
+"""Routing: which blocks are critical (+1), marginal (0) and negligible (-1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sla_compile.kernels.spec import critical_count, negligible_count, num_blocks
+
+
+def route(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    sparsity: float,
+    negligible: float,
+    critical_blocks: int | None = None,
+    pinned: tuple[int, int] = (0, 0),
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """Classifies the blocks of an attention by the pooled scores of their tokens.
+
+    ``rank_j(s * meanpool(Q)_i . meanpool(K - mean(K))_j)`` (SLA, arXiv 2509.24006, equation 2 and 3): softmax is
+    monotonic, so the scores are ranked without it. Pooling and scoring are float32 whatever the input is.
+
+    Args:
+        query: (B, H, L, D); key: (B, H_kv, L, D), H a multiple of H_kv; any strides.
+        key_bias: (B, L) float32, -inf where a key takes no part; those keys are not pooled.
+
+    Returns:
+        int8 (B, H, T_m, T_n), with at least one +1 in each row. The order among equal scores is undefined.
+    """
+    batch, heads, length, _ = query.shape
+    kv_heads = key.shape[1]
+    rows, columns = num_blocks(length, block_q), num_blocks(length, block_k)
+    valid = None if key_bias is None else key_bias > -torch.inf
+
+    pooled_query = _meanpool(query, block_q, None)[0]
+    pooled_key, weight = _meanpool(key, block_k, valid)
+    # Pooling is linear: the mean over tokens is the count-weighted mean over blocks.
+    pooled_key = pooled_key - (pooled_key * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
+
+    grouped = pooled_query.view(batch, kv_heads, heads // kv_heads * rows, -1)
+    scores = (torch.matmul(grouped, pooled_key.transpose(-1, -2)) * scale).view(batch, heads, rows, columns)
+    if valid is not None:
+        scores = scores.masked_fill((weight == 0).transpose(-1, -2), -torch.inf)
+
+    pinned_columns = pinned_blocks(length, block_k, pinned, query.device)
+    pinned_count = int(pinned_first_last(length, block_k, pinned)[2])
+    if pinned_count:
+        scores = scores.masked_fill(pinned_columns, -torch.inf)
+    free = columns - pinned_count
+    critical = min(critical_count(columns, sparsity, critical_blocks), free) if free else 0
+    skipped = negligible_count(free, critical, negligible)
+
+    block_map = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+    # Negligible first: where scores tie, a block can be in both lists, and critical wins.
+    if skipped:
+        lowest = scores if not pinned_count else scores.masked_fill(pinned_columns, torch.inf)
+        block_map.scatter_(-1, lowest.topk(skipped, largest=False, sorted=False).indices, -1)
+    if critical:
+        block_map.scatter_(-1, scores.topk(critical, sorted=False).indices, 1)
+    if pinned_count:
+        block_map.masked_fill_(pinned_columns, 1)
+        block_map.masked_fill_(pinned_blocks(length, block_q, pinned, query.device)[:, None], 1)
+    return block_map
+
+
+def pinned_first_last(length: int, block: int, pinned: tuple[int, int]) -> tuple[int, int, int]:
+    """(end of the leading pinned blocks, start of the trailing ones, number of pinned blocks)."""
+    blocks = num_blocks(length, block)
+    first, last = pinned
+    leading = min(num_blocks(first, block), blocks)
+    trailing = blocks if last == 0 else max((length - last) // block, leading)
+    return leading, max(trailing, leading), leading + blocks - max(trailing, leading)
+
+
+def pinned_blocks(length: int, block: int, pinned: tuple[int, int], device: torch.device) -> Tensor:
+    """Boolean (blocks,): the block holds a pinned token."""
+    leading, trailing, _ = pinned_first_last(length, block, pinned)
+    index = torch.arange(num_blocks(length, block), device=device)
+    return (index < leading) | (index >= trailing)
+
+
+def _meanpool(tokens: Tensor, block: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Float32 mean of the tokens of each block (B, H, T, D) and the number of tokens in it (B or 1, 1, T, 1)."""
+    batch, heads, length, dim = tokens.shape
+    blocks, full = num_blocks(length, block), length // block
+    sums = tokens.new_empty(batch, heads, blocks, dim, dtype=torch.float32)
+    if valid is not None:
+        tokens = tokens.masked_fill(~valid[:, None, :, None], 0)
+        count = tokens.new_zeros(batch, blocks * block, dtype=torch.float32)
+        count[:, :length] = valid
+        count = count.view(batch, 1, blocks, block).sum(-1)[..., None]
+    else:
+        count = tokens.new_full((1, 1, blocks, 1), block, dtype=torch.float32)
+        if full < blocks:
+            count[:, :, -1] = length - full * block
+    if full:
+        torch.sum(torch.unflatten(tokens[:, :, : full * block], 2, (full, block)), 3, dtype=torch.float32, out=sums[:, :, :full])
+    if full < blocks:
+        torch.sum(tokens[:, :, full * block :], 2, dtype=torch.float32, out=sums[:, :, full])
+    return sums / count.clamp(min=1), count

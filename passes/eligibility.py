@@ -1,0 +1,71 @@
+"""Whether a call of scaled_dot_product_attention can become sparse-linear attention, and if not, why."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sla_compile.config import MAX_HEAD_DIM, SLAConfig
+
+DTYPES = {
+    "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    "cuda": (torch.float16, torch.bfloat16, torch.float32),
+}
+
+
+def why_dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+    config: SLAConfig,
+) -> str | None:
+    """The reason why this call stays dense, or None where it qualifies.
+
+    It reads shapes and flags alone, so that it can run on fake tensors and while Dynamo traces; for the same reason its
+    texts hold no sizes, which may be symbols. The report shows the shapes beside them.
+    """
+    if is_causal:
+        return "causal attention"
+    if dropout_p:
+        return "attention dropout is active"
+    if not query.dim() == key.dim() == value.dim() or query.dim() not in (3, 4):
+        return "query, key and value are not all (batch, heads, tokens, head_dim)"
+    if query.shape[-2] != key.shape[-2]:
+        return "cross-attention: as many keys as queries are needed"
+    if query.shape[-1] != value.shape[-1]:
+        return "value has another head dimension than query"
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return f"head dimension over {MAX_HEAD_DIM}"
+    if query.shape[:-3] != key.shape[:-3] or key.shape != value.shape:
+        return "batch dimensions of query, key and value differ"
+    if query.shape[-3] != key.shape[-3] and not (enable_gqa and query.dim() == 4):
+        return "query and key have different numbers of heads without enable_gqa"
+    device = query.device.type
+    if query.dtype not in DTYPES.get(device, DTYPES["cuda"]):
+        return f"dtype {query.dtype} is not supported on {device}"
+    if query.shape[-2] < config.min_seq_len:
+        return f"sequence shorter than min_seq_len={config.min_seq_len}"
+    if attn_mask is not None:
+        if attn_mask.requires_grad:
+            return "attention mask requires a gradient"
+        if not is_key_padding_mask(attn_mask, query):
+            return "attention mask is not a key-padding mask (batch, 1, 1, tokens)"
+    return None
+
+
+def is_key_padding_mask(mask: Tensor, query: Tensor) -> bool:
+    """Whether `mask` says the same of a key for every head and every query: broadcastable to (B, 1, 1, L)."""
+    if mask.dim() > query.dim() or mask.dim() < 1 or mask.shape[-1] != query.shape[-2]:
+        return False
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return False
+    if mask.dim() >= 2 and mask.shape[-2] != 1:
+        return False
+    if query.dim() == 4:
+        head_free = mask.dim() < 3 or mask.shape[-3] == 1
+        return head_free and (mask.dim() < 4 or mask.shape[0] == 1 or mask.shape[0] == query.shape[0])
+    return mask.dim() < 3 or mask.shape[0] == 1 or mask.shape[0] == query.shape[0]

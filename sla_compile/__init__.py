@@ -1,0 +1,12 @@
+"""Sparse-Linear Attention for Diffusion Transformers, inside PyTorch's compiler."""
+
+import os.path
+
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):  # a checkout: kernels/ and passes/ stand beside this folder
+    __path__.append(os.path.dirname(__path__[0]))
+
+from sla_compile.config import SLAConfig
+from sla_compile.functional import route, sparse_linear_attention
+from sla_compile.module import SparseLinearAttention
+
+__all__ = ["SLAConfig", "SparseLinearAttention", "route", "sparse_linear_attention"]

@@ -1,0 +1,174 @@
+"""The functional form of sparse-linear attention, checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sla_compile.config import MAX_HEAD_DIM, SLAConfig
+from sla_compile.kernels.masks import key_bias
+from sla_compile.kernels.routing import route as _route
+from sla_compile.kernels.spec import num_blocks
+from sla_compile.ops import default_scale, op_scalars
+from sla_compile.passes.eligibility import DTYPES, is_key_padding_mask
+
+
+def sparse_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    config: SLAConfig,
+    proj_weight: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    block_map: Tensor | None = None,
+) -> Tensor:
+    """Sparse-linear attention, ``O = O_s + O_l W^T + b`` (SLA, arXiv 2509.24006, equations 4 to 6).
+
+    ``O_s`` is exact attention over the critical blocks of each query block; ``O_l`` is linear attention over the
+    marginal blocks (``config.linear="marginal"``) or all keys (``"all"``).
+
+    Args:
+        query: (B, H, L, D), D at most 256, float16, bfloat16 or float32 (float64 on the CPU); any strides.
+        key, value: (B, H, L, D), or with `enable_gqa` (B, H_kv, L, D) where H is a multiple of H_kv.
+        config: what is critical, marginal and negligible; `min_seq_len` is not looked at here.
+        proj_weight: (D, D) as in nn.Linear, any floating dtype, computed in float32; needed unless
+            ``config.linear="none"``.
+        proj_bias: (D).
+        key_padding_mask: broadcastable to (B, 1, 1, L); bool, True takes part, or floating point, added to the scores.
+            It gets no gradient. A batch entry without any valid key gives zeros.
+        scale: factor of the scores; default 1/sqrt(D).
+        block_map: int8 (B, H, ceil(L / block_q), ceil(L / block_k)) of 1 critical, 0 marginal, -1 negligible, with a
+            critical block in every row; overrides routing.
+
+    Returns:
+        (B, H, L, D) in the query's dtype, with the strides of a transposed (B, L, H, D) tensor.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: an argument does not fit; the text says which and how.
+    """
+    _check_inputs(query, key, value, enable_gqa, key_padding_mask)
+    _check_parameters(query, proj_weight, proj_bias, config)
+    if block_map is not None:
+        _check_block_map(block_map, query, config)
+    output, _ = torch.ops.sla_compile.sparse_linear_attention(
+        query, key, value, proj_weight, proj_bias, key_padding_mask, block_map, *op_scalars(config, query.shape[-1], scale)
+    )
+    return output
+
+
+def route(
+    query: Tensor,
+    key: Tensor,
+    *,
+    config: SLAConfig,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The block map that :func:`sparse_linear_attention` would use: int8 (B, H, ceil(L / block_q), ceil(L / block_k)).
+
+    1 is critical, 0 marginal, -1 negligible (SLA, arXiv 2509.24006, equations 2 and 3). Arguments as there.
+    """
+    _check_inputs(query, key, key, enable_gqa, key_padding_mask)
+    return _route(
+        query,
+        key,
+        scale=default_scale(scale, query.shape[-1]),
+        block_q=config.block_q,
+        block_k=config.block_k,
+        sparsity=config.sparsity,
+        negligible=config.negligible,
+        critical_blocks=config.critical_blocks,
+        pinned=config.pinned,
+        key_bias=key_bias(key_padding_mask, query.shape[0], query.shape[2]),
+    )
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, mask: Tensor | None) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), got shape {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+            raise TypeError(f"query, key and value must share a dtype, got {query.dtype} and {tensor.dtype} for {name}")
+        if tensor.device != query.device:
+            raise ValueError(f"query is on {query.device} but {name} is on {tensor.device}")
+    shapes = tuple(tuple(t.shape) for t in (query, key, value))
+    if key.shape != value.shape:
+        raise ValueError(f"key and value must have the same shape, got {shapes[1]} and {shapes[2]}")
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must agree in batch and head dimension, got {shapes[0]} and {shapes[1]}")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"sparse-linear attention is for self-attention: query has {query.shape[2]} tokens and key {key.shape[2]}; "
+            "use scaled_dot_product_attention for cross-attention"
+        )
+    if 0 in query.shape:
+        raise ValueError(f"query must not be empty, got shape {shapes[0]}")
+    if query.shape[3] > MAX_HEAD_DIM:
+        raise NotImplementedError(f"head dimensions up to {MAX_HEAD_DIM} are supported, got {query.shape[3]}")
+    if query.shape[1] != key.shape[1]:
+        if not enable_gqa:
+            raise ValueError(f"query has {query.shape[1]} heads and key {key.shape[1]}; pass enable_gqa=True to share")
+        if query.shape[1] % key.shape[1]:
+            raise ValueError(f"the {query.shape[1]} query heads are not a multiple of the {key.shape[1]} key heads")
+    device = query.device.type
+    if device != "meta" and device not in DTYPES:
+        raise NotImplementedError(f"sparse_linear_attention runs on {', '.join(DTYPES)}, got {query.device}")
+    if query.dtype not in DTYPES.get(device, DTYPES["cpu"]):
+        names = ", ".join(str(dtype) for dtype in DTYPES.get(device, DTYPES["cpu"]))
+        raise TypeError(f"query must be one of {names} on {device}, got {query.dtype}")
+    if mask is not None:
+        if mask.device != query.device:
+            raise ValueError(f"query is on {query.device} but key_padding_mask is on {mask.device}")
+        if mask.requires_grad:
+            raise NotImplementedError("key_padding_mask gets no gradient; detach it")
+        if not is_key_padding_mask(mask, query):
+            raise ValueError(
+                f"key_padding_mask must be bool or floating point and broadcastable to (batch, 1, 1, tokens) = "
+                f"({query.shape[0]}, 1, 1, {query.shape[2]}), got {mask.dtype} of shape {tuple(mask.shape)}; masks that "
+                "differ between queries or heads are not supported"
+            )
+
+
+def _check_parameters(query: Tensor, weight: Tensor | None, bias: Tensor | None, config: SLAConfig) -> None:
+    dim = query.shape[3]
+    if not config.has_projection:
+        if weight is not None or bias is not None:
+            raise ValueError('proj_weight and proj_bias belong to the linear branch, which linear="none" leaves out')
+        return
+    if weight is None:
+        raise ValueError(
+            f'linear="{config.linear}" needs proj_weight of shape ({dim}, {dim}); pass one, or linear="none" for '
+            "block-sparse attention alone"
+        )
+    for name, parameter, shape in (("proj_weight", weight, (dim, dim)), ("proj_bias", bias, (dim,))):
+        if parameter is None:
+            continue
+        if tuple(parameter.shape) != shape or not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating point of shape {shape}, got {parameter.dtype} of {tuple(parameter.shape)}"
+            )
+        if parameter.device != query.device:
+            raise ValueError(f"query is on {query.device} but {name} is on {parameter.device}")
+
+
+def _check_block_map(block_map: Tensor, query: Tensor, config: SLAConfig) -> None:
+    batch, heads, length, _ = query.shape
+    shape = (batch, heads, num_blocks(length, config.block_q), num_blocks(length, config.block_k))
+    if block_map.dtype != torch.int8 or tuple(block_map.shape) != shape:
+        raise ValueError(f"block_map must be int8 of shape {shape}, got {block_map.dtype} of {tuple(block_map.shape)}")
+    if block_map.device != query.device:
+        raise ValueError(f"query is on {query.device} but block_map is on {block_map.device}")
+    # The values can only be read outside of a trace, and reading them from a GPU would break a stream capture.
+    if torch.compiler.is_compiling() or block_map.is_meta or block_map.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if not (block_map == 1).any(-1).all():
+        raise ValueError("every row of block_map needs a critical block (1)")
+    if (block_map.abs() > 1).any():
+        raise ValueError("block_map must hold 1 (critical), 0 (marginal) and -1 (negligible) only")

@@ -1,0 +1,221 @@
+"""The operators ``sla_compile::sparse_linear_attention`` and its backward: schema, fakes, autograd, autocast, dispatch.
+
+Both are functional and opaque to the compiler. The kernels behind them load at the first real call, so that importing
+this file needs neither Triton nor CUDA.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from sla_compile.config import SLAConfig
+from sla_compile.kernels.masks import key_bias
+from sla_compile.kernels.routing import route
+from sla_compile.kernels.spec import Spec
+
+# NOTE [Implementation version]
+# The compile caches of torch key on an op's name and arguments, not on its body (pytorch#160472): after an upgrade that
+# changes the numbers, an old cache would keep serving whatever Inductor constant-folded or decomposed. The version is an
+# argument of every call, so raising it misses those caches.
+IMPL_VERSION = 1
+
+
+@torch.library.custom_op("sla_compile::sparse_linear_attention", mutates_args=())
+def sparse_linear_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proj_weight: Optional[Tensor],
+    proj_bias: Optional[Tensor],
+    key_padding_mask: Optional[Tensor],
+    block_map: Optional[Tensor],
+    scale: float,
+    sparsity: float,
+    negligible: float,
+    critical_blocks: int,
+    pinned_first: int,
+    pinned_last: int,
+    feature_map: str,
+    linear: str,
+    block_q: int,
+    block_k: int,
+    impl_version: int,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, L, D) and log-sum-exp of the sparse branch (B, H, L); arguments as in SLAConfig, 0 critical_blocks
+    meaning by share."""
+    spec = Spec(scale, feature_map, linear, block_q, block_k)
+    bias = key_bias(key_padding_mask, query.shape[0], query.shape[2])
+    routing = (sparsity, negligible, critical_blocks, (pinned_first, pinned_last))
+    blocks = _blocks(query, key, block_map, bias, spec, routing)
+    return _kernels(query).forward(
+        query, key, value, blocks, spec, proj_weight=proj_weight, proj_bias=proj_bias, key_bias=bias
+    )
+
+
+@torch.library.custom_op("sla_compile::sparse_linear_attention_backward", mutates_args=())
+def sparse_linear_attention_backward_op(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    proj_weight: Optional[Tensor],
+    proj_bias: Optional[Tensor],
+    key_padding_mask: Optional[Tensor],
+    block_map: Optional[Tensor],
+    scale: float,
+    sparsity: float,
+    negligible: float,
+    critical_blocks: int,
+    pinned_first: int,
+    pinned_last: int,
+    feature_map: str,
+    linear: str,
+    block_q: int,
+    block_k: int,
+    impl_version: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, proj_weight and proj_bias; the last two are empty where there is none.
+
+    The blocks are routed again from the same query and key: the map is cheap to find, and as a saved output its size
+    would be a quotient of the length, which torch.export cannot carry for every length.
+    """
+    spec = Spec(scale, feature_map, linear, block_q, block_k)
+    bias = key_bias(key_padding_mask, query.shape[0], query.shape[2])
+    routing = (sparsity, negligible, critical_blocks, (pinned_first, pinned_last))
+    blocks = _blocks(query, key, block_map, bias, spec, routing)
+    *grads, grad_weight, grad_bias = _kernels(query).backward(
+        grad_output,
+        query,
+        key,
+        value,
+        output,
+        logsumexp,
+        blocks,
+        spec,
+        proj_weight=proj_weight,
+        proj_bias=proj_bias,
+        key_bias=bias,
+    )
+    empty = query.new_empty(0)
+    return (*grads, empty if grad_weight is None else grad_weight, query.new_empty(0) if grad_bias is None else grad_bias)
+
+
+def op_scalars(config: SLAConfig, head_dim: int, scale: float | None) -> tuple:
+    """What follows the tensors in a call of ``sla_compile::sparse_linear_attention``."""
+    return (
+        default_scale(scale, head_dim),
+        config.sparsity,
+        config.negligible,
+        config.critical_blocks or 0,
+        *config.pinned,
+        config.feature_map,
+        config.linear,
+        config.block_q,
+        config.block_k,
+        IMPL_VERSION,
+    )
+
+
+def default_scale(scale: float | None, head_dim: int) -> float:
+    """The softmax scale: 1/sqrt(head_dim) unless given."""
+    return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+
+
+def _blocks(query, key, block_map, bias, spec, routing) -> Tensor:
+    if block_map is not None:
+        return block_map
+    sparsity, negligible, critical_blocks, pinned = routing
+    return route(
+        query,
+        key,
+        scale=spec.scale,
+        block_q=spec.block_q,
+        block_k=spec.block_k,
+        sparsity=sparsity,
+        negligible=negligible,
+        critical_blocks=critical_blocks or None,
+        pinned=pinned,
+        key_bias=bias,
+    )
+
+
+def _kernels(query: Tensor) -> ModuleType:
+    """The module whose forward and backward run on the tensor's device."""
+    if query.device.type == "cuda":
+        from sla_compile.kernels import gpu
+
+        return gpu
+    if query.device.type == "cpu":
+        from sla_compile.kernels import cpu
+
+        return cpu
+    raise NotImplementedError(f"sparse_linear_attention runs on cpu and cuda tensors, got {query.device}")
+
+
+def _like_transposed(tensor: Tensor) -> Tensor:
+    """Empty, of the tensor's (B, H, L, D), laid out as a contiguous (B, L, H, D): what the next reshape wants."""
+    batch, heads, length, dim = tensor.shape
+    return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+@sparse_linear_attention_op.register_fake
+def _forward_fake(query, key, value, *_):
+    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return _like_transposed(query), query.new_empty(query.shape[:3], dtype=statistics)
+
+
+@sparse_linear_attention_backward_op.register_fake
+def _backward_fake(grad_output, query, key, value, output, logsumexp, proj_weight, proj_bias, *_):
+    parameters = (query.new_empty(0) if p is None else torch.empty_like(p, memory_format=torch.contiguous_format)
+                  for p in (proj_weight, proj_bias))
+    return (*(_like_transposed(t) for t in (query, key, value)), *parameters)
+
+
+_TENSORS = 7  # leading tensor arguments of the forward op, before the scalars
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.scalars = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+
+
+def _autograd(ctx: Any, grad_output: Tensor | None, _grad_logsumexp: None) -> tuple:
+    if grad_output is None:
+        return (None,) * (_TENSORS + len(ctx.scalars))
+    query, key, value, proj_weight, proj_bias, mask, block_map, output, logsumexp = ctx.saved_tensors
+    grads = torch.ops.sla_compile.sparse_linear_attention_backward(
+        grad_output, query, key, value, output, logsumexp, proj_weight, proj_bias, mask, block_map, *ctx.scalars
+    )
+    inputs = (query, key, value, proj_weight, proj_bias)
+    kept = (None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=True))
+    return (*kept, *(None,) * (_TENSORS - len(inputs) + len(ctx.scalars)))
+
+
+sparse_linear_attention_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _register_autocast(device_type: str, dispatch_key: str) -> None:
+    """Query, key and value run in the autocast dtype, as those of scaled_dot_product_attention do; the parameters keep
+    their own, which torch's register_autocast would cast too."""
+
+    def autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        dtype = torch.get_autocast_dtype(device_type)
+        tensors = [t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value)]
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.sla_compile.sparse_linear_attention(*tensors, *rest)
+
+    _LIBRARY.impl("sparse_linear_attention", autocast, dispatch_key)
+
+
+_LIBRARY = torch.library.Library("sla_compile", "FRAGMENT")
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
