@@ -36,3 +36,7 @@ class Site:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can carry."""
         return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Site:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)

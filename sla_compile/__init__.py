@@ -5,8 +5,21 @@ import os.path
 if not os.path.isdir(os.path.join(__path__[0], "kernels")):  # a checkout: kernels/ and passes/ stand beside this folder
     __path__.append(os.path.dirname(__path__[0]))
 
+from sla_compile.api import accelerate, dense, parameters, report, restore
 from sla_compile.config import SLAConfig
 from sla_compile.functional import route, sparse_linear_attention
 from sla_compile.module import SparseLinearAttention
+from sla_compile.report import Report
 
-__all__ = ["SLAConfig", "SparseLinearAttention", "route", "sparse_linear_attention"]
+__all__ = [
+    "Report",
+    "SLAConfig",
+    "SparseLinearAttention",
+    "accelerate",
+    "dense",
+    "parameters",
+    "report",
+    "restore",
+    "route",
+    "sparse_linear_attention",
+]

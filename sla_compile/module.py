@@ -32,6 +32,7 @@ class SparseLinearAttention(nn.Module):
         super().__init__()
         self.config = config
         self.head_dim = head_dim
+        self.dense = False  # set by sla_compile.dense
         if config.has_projection:
             self.proj_weight = nn.Parameter(torch.empty(head_dim, head_dim, device=device, dtype=dtype))
             self.proj_bias = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))

@@ -1,0 +1,168 @@
+"""Sparse-linear attention on the CPU in blocked PyTorch operations: forward and backward with explicit formulas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sla_compile.kernels.cpu_blocks import Workspace, blocks_of
+from sla_compile.kernels.cpu_linear import LinearKeys
+from sla_compile.kernels.cpu_sparse import sparse_backward, sparse_forward
+from sla_compile.kernels.spec import Spec, num_blocks
+
+
+@torch.no_grad()
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: Tensor,
+    spec: Spec,
+    *,
+    proj_weight: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``O_s + O_l W^T + b`` over a block map (SLA, arXiv 2509.24006, equations 4 to 6), computed in float32 or float64.
+
+    Args:
+        query: (B, H, L, D); key, value: (B, H_kv, L, D), any strides; block_map: int8 (B, H, T_m, T_n).
+        proj_weight: (D, D), proj_bias: (D): of the linear branch; None with ``spec.linear == "none"``.
+        key_bias: (B, L), at most 0, added to a key's scores; its exponential weighs the key in the linear branch.
+
+    Returns:
+        output (B, H, L, D) in the query's dtype, a transposed (B, L, H, D), and the log-sum-exp of the sparse branch
+        (B, H, L).
+    """
+    batch, heads, length, dim = query.shape
+    dtype = _compute_dtype(query)
+    workspace = Workspace(dtype)
+    output = query.new_empty(batch, length, heads, dim).transpose(1, 2)
+    logsumexp = query.new_empty(batch, heads, length, dtype=dtype)
+    weight, offset = _parameter(proj_weight, dtype), _parameter(proj_bias, dtype)
+    group = heads // key.shape[1]
+    for entry in range(batch):
+        bias, key_weight = _key_bias(key_bias, entry, length, spec.block_k, dtype)
+        for kv_head in range(key.shape[1]):
+            keys = blocks_of(key[entry, kv_head], spec.block_k, dtype, contiguous=True)
+            values = blocks_of(value[entry, kv_head], spec.block_k, dtype, contiguous=True)
+            linear = None
+            if spec.linear != "none":
+                linear = LinearKeys(keys, values, key_weight, length, weight, spec, workspace)
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                queries = blocks_of(query[entry, head], spec.block_q, dtype)
+                block_rows = block_map[entry, head]
+                added = None
+                if linear is not None:
+                    added = linear.forward(queries, linear.select(block_rows == 0), offset)
+                target, statistics = _targets(output[entry, head], logsumexp[entry, head], spec.block_q)
+                sparse_forward(
+                    queries, keys, values, bias, block_rows == 1, spec.scale, added, target, statistics, workspace
+                )
+                _store(output[entry, head], target)
+                _store(logsumexp[entry, head, :, None], statistics)
+    return output, logsumexp
+
+
+@torch.no_grad()
+def backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    block_map: Tensor,
+    spec: Spec,
+    *,
+    proj_weight: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, proj_weight and proj_bias (algorithm 2 of SLA, with its ``dV_j =`` as ``+=``).
+
+    Arguments as of :func:`forward`, with its two results; `grad_output` (B, H, L, D) has any strides.
+    """
+    batch, heads, length, dim = query.shape
+    dtype = _compute_dtype(query)
+    workspace = Workspace(dtype)
+    grads = tuple(t.new_empty(batch, length, t.shape[1], dim).transpose(1, 2) for t in (query, key, value))
+    weight, offset = _parameter(proj_weight, dtype), _parameter(proj_bias, dtype)
+    grad_weight = None if weight is None else torch.zeros_like(weight)
+    grad_offset = None if offset is None else torch.zeros_like(offset)
+    group = heads // key.shape[1]
+    for entry in range(batch):
+        bias, key_weight = _key_bias(key_bias, entry, length, spec.block_k, dtype)
+        for kv_head in range(key.shape[1]):
+            keys = blocks_of(key[entry, kv_head], spec.block_k, dtype, contiguous=True)
+            values = blocks_of(value[entry, kv_head], spec.block_k, dtype, contiguous=True)
+            grad_keys = workspace("head_grad_keys", *keys.shape).zero_()
+            grad_values = workspace("head_grad_values", *keys.shape).zero_()
+            linear = None
+            if spec.linear != "none":
+                linear = LinearKeys(keys, values, key_weight, length, weight, spec, workspace)
+                linear.start_backward()
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                queries = blocks_of(query[entry, head], spec.block_q, dtype)
+                grad = blocks_of(grad_output[entry, head], spec.block_q, dtype)
+                result = blocks_of(output[entry, head], spec.block_q, dtype)
+                block_rows = block_map[entry, head]
+                delta = (grad * result).sum(-1, keepdim=True)
+                if linear is None:
+                    grad_queries = workspace("query_grads", *queries.shape).zero_()
+                else:
+                    grad_queries, linear_delta = linear.query_backward(grad, queries, linear.select(block_rows == 0))
+                    delta -= linear_delta
+                if offset is not None:
+                    delta -= grad @ offset[:, None]
+                    grad_offset += grad.sum((0, 1))
+                statistics = blocks_of(logsumexp[entry, head, :, None], spec.block_q, dtype)
+                sparse_backward(
+                    grad, queries, keys, values, bias, block_rows == 1, spec.scale, statistics, delta,
+                    grad_queries, grad_keys, grad_values, workspace,
+                )  # fmt: skip
+                _store(grads[0][entry, head], grad_queries)
+            if linear is not None:
+                linear.key_backward(grad_keys, grad_values, grad_weight)
+            _store(grads[1][entry, kv_head], grad_keys)
+            _store(grads[2][entry, kv_head], grad_values)
+    return (
+        *grads,
+        None if grad_weight is None else grad_weight.to(proj_weight.dtype),
+        None if grad_offset is None else grad_offset.to(proj_bias.dtype),
+    )
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _parameter(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if parameter is None else parameter.detach().to(dtype)
+
+
+def _key_bias(
+    key_bias: Tensor | None, entry: int, length: int, block: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Bias (T_n, b_k) with -inf past the end, and its exponential (T_n, b_k, 1); None where there is nothing to add."""
+    blocks = num_blocks(length, block)
+    if key_bias is None and length == blocks * block:
+        return None, None
+    bias = torch.full((blocks * block,), -torch.inf, dtype=dtype)
+    bias[:length] = 0 if key_bias is None else key_bias[entry]
+    return bias.view(blocks, block), None if key_bias is None else bias.exp().view(blocks, block, 1)
+
+
+def _targets(output: Tensor, logsumexp: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Where a head's output (T_m, b_q, D) and log-sum-exp (T_m, b_q, 1) are written: in place, or padded."""
+    length, dim = output.shape
+    blocks = num_blocks(length, block)
+    if length == blocks * block:
+        return output.unflatten(0, (blocks, block)), logsumexp.view(blocks, block, 1)
+    return output.new_empty(blocks, block, dim), logsumexp.new_empty(blocks, block, 1)
+
+
+def _store(tokens: Tensor, blocks: Tensor) -> None:
+    """Copies the valid tokens of padded blocks (T, b, D) to (L, D) where they were not written in place."""
+    if blocks.data_ptr() != tokens.data_ptr():
+        tokens.copy_(blocks.flatten(0, 1)[: tokens.shape[0]])

@@ -1,0 +1,82 @@
+"""Blocks of one head for the CPU kernels: padded views, reused buffers, and chunks of query blocks that fit the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sla_compile.kernels.spec import num_blocks
+
+# NOTE [Chunks]
+# Elements of the largest operand of a chunk. Gathered keys, gathered values and scores of a chunk then stay in a core's
+# L2 cache of 1 to 2 MB, and the few microseconds that a call of torch costs are small beside its arithmetic.
+CHUNK_ELEMENTS = 3 * 2**16
+CHUNK_TOKENS = 512
+
+# Rows of a head, as whatever indexes them cheapest, and the critical key blocks of each, (rows, count).
+RowChunk = tuple["slice | Tensor", Tensor]
+
+
+class Workspace:
+    """Named buffers that are reused from chunk to chunk and from head to head."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised contiguous tensor; the previous one of that name is overwritten."""
+        elements = 1
+        for size in shape:
+            elements *= size
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < elements:
+            buffer = self._buffers[name] = torch.empty(elements, dtype=self.dtype)
+        return buffer[:elements].view(shape)
+
+
+def blocks_of(tokens: Tensor, block: int, dtype: torch.dtype, *, contiguous: bool = False) -> Tensor:
+    """(L, D) of any strides as (T, block, D) in `dtype`: a view where the kernels can read it as it is, else a copy
+    with the ragged tail filled with zeros."""
+    length, dim = tokens.shape
+    blocks = num_blocks(length, block)
+    readable = tokens.is_contiguous() if contiguous else tokens.stride(1) == 1 and tokens.stride(0) >= dim
+    if readable and length == blocks * block and tokens.dtype == dtype:
+        return tokens.unflatten(0, (blocks, block))
+    padded = torch.empty(blocks * block, dim, dtype=dtype)
+    padded[:length] = tokens
+    padded[length:] = 0
+    return padded.view(blocks, block, dim)
+
+
+def row_chunks(critical: Tensor, elements: int) -> Iterator[RowChunk]:
+    """Chunks of query blocks that have equally many critical key blocks, none of them empty.
+
+    Args:
+        critical: boolean (T_m, T_n) of a head.
+        elements: of the gathered keys of one critical block.
+    """
+    counts = critical.sum(1)
+    for count in counts.unique().tolist():
+        if count == 0:
+            continue
+        rows = None if bool((counts == count).all()) else (counts == count).nonzero()[:, 0]
+        columns = (critical if rows is None else critical[rows]).nonzero()[:, 1].view(-1, count)
+        step = max(1, CHUNK_ELEMENTS // (count * elements))
+        for start in range(0, columns.shape[0], step):
+            part = columns[start : start + step]
+            yield slice(start, start + part.shape[0]) if rows is None else rows[start : start + step], part
+
+
+def gather(blocks: Tensor, columns: Tensor, buffer: Tensor) -> Tensor:
+    """The listed blocks (rows, count) of (T, block, D), side by side: (rows, count * block, D).
+
+    `buffer` has that shape; where every block is listed there is nothing to copy.
+    """
+    rows, count = columns.shape
+    if count == blocks.shape[0]:
+        return blocks.reshape(1, -1, blocks.shape[2]).expand(rows, -1, -1)
+    torch.index_select(blocks.flatten(1), 0, columns.reshape(-1), out=buffer.view(rows * count, -1))
+    return buffer

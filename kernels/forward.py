@@ -1,0 +1,204 @@
+"""The forward kernel: exact attention over a query block's critical keys, and the linear branch as its epilogue."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sla_compile.kernels.tiles import (
+    LN_2,
+    LOG2_E,
+    feature,
+    feature_statistics,
+    load_tile,
+    store_tile,
+)
+
+
+@triton.jit
+def attend(
+    accumulator,
+    maximum,
+    total,
+    query,
+    key_ptr,
+    value_ptr,
+    key_bias_ptr,
+    stride_key_token,
+    stride_key_dim,
+    stride_value_token,
+    stride_value_dim,
+    stride_bias_token,
+    start,
+    length,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    TILE_K: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One step of the online softmax, in base 2, over the TILE_K keys from `start`."""
+    key = load_tile(
+        key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, MASK_KEYS, WIDE
+    )  # (TILE_K, DIMS)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # (TILE_Q, TILE_K)
+    tokens = start + tl.arange(0, TILE_K)
+    if key_bias_ptr is not None:
+        bias = tl.load(key_bias_ptr + tokens.to(tl.int64) * stride_bias_token, mask=tokens < length, other=0.0)
+        scores += (bias * LOG2_E)[None, :]
+    if MASK_KEYS:
+        scores = tl.where((tokens < length)[None, :], scores, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    # Until a row has met a key that takes part, its maximum is -inf, and -inf - -inf is not a number.
+    reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    probabilities = tl.exp2(scores - reference[:, None])
+    rescale = tl.exp2(maximum - reference)
+    value = load_tile(
+        value_ptr, start, length, stride_value_token, 0, stride_value_dim, TILE_K, DIMS, HEAD_DIM, MASK_KEYS, WIDE
+    )  # (TILE_K, DIMS)
+    accumulator = tl.dot(
+        probabilities.to(value.dtype), value, accumulator * rescale[:, None], input_precision=PRECISION
+    )
+    return accumulator, new_maximum, total * rescale + tl.sum(probabilities, 1)
+
+
+@triton.jit
+def ragged_steps(entries_ptr, count, key_blocks, length, BLOCK_K: tl.constexpr, STEPS: tl.constexpr):
+    """How many steps at the end of an ascending list meet keys past the end of the sequence: those of its last block."""
+    last = tl.load(entries_ptr + count - 1, mask=count > 0, other=-1)
+    return tl.where((last == key_blocks - 1) & (length % BLOCK_K != 0), STEPS, 0)
+
+
+@triton.jit(do_not_specialize=["head_start", "heads", "group", "length", "query_blocks", "key_blocks"])
+def forward_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    key_bias_ptr,
+    proj_bias_ptr,
+    sums_ptr,
+    entries_ptr,
+    counts_ptr,
+    output_ptr,
+    logsumexp_ptr,
+    stride_query_batch,
+    stride_query_head,
+    stride_query_token,
+    stride_query_dim,
+    stride_key_batch,
+    stride_key_head,
+    stride_key_token,
+    stride_key_dim,
+    stride_value_batch,
+    stride_value_head,
+    stride_value_token,
+    stride_value_dim,
+    stride_output_batch,
+    stride_output_head,
+    stride_output_token,
+    stride_output_dim,
+    stride_bias_batch,
+    stride_bias_token,
+    stride_proj_bias,
+    scale,
+    epsilon,
+    head_start,
+    heads,
+    group,
+    length,
+    query_blocks,
+    key_blocks,
+    HEAD_DIM: tl.constexpr,
+    STATE: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    SLICE: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    LINEAR: tl.constexpr,
+    MIN_DENOMINATOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Output and log-sum-exp of TILE_Q tokens of one query head (SLA, arXiv 2509.24006, algorithm 1)."""
+    tiles = query_blocks * (BLOCK_Q // TILE_Q)
+    tile = tl.program_id(0) % tiles
+    local = tl.program_id(0) // tiles
+    head = head_start + local
+    block = tile // (BLOCK_Q // TILE_Q)
+    first = tile * TILE_Q
+    batch = (head // heads).to(tl.int64)
+    query_head = (head % heads).to(tl.int64)
+    query_ptr += batch * stride_query_batch + query_head * stride_query_head
+    key_ptr += batch * stride_key_batch + (query_head // group) * stride_key_head
+    value_ptr += batch * stride_value_batch + (query_head // group) * stride_value_head
+    output_ptr += batch * stride_output_batch + query_head * stride_output_head
+    if key_bias_ptr is not None:
+        key_bias_ptr += batch * stride_bias_batch
+    line = local.to(tl.int64) * query_blocks + block
+    entries_ptr += line * key_blocks
+    count = tl.load(counts_ptr + line)
+
+    query = load_tile(
+        query_ptr, first, length, stride_query_token, 0, stride_query_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
+    )  # (TILE_Q, DIMS)
+    scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
+    accumulator = tl.zeros([TILE_Q, DIMS], tl.float32)
+    maximum = tl.full([TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    STEPS: tl.constexpr = BLOCK_K // TILE_K
+    whole = count * STEPS - ragged_steps(entries_ptr, count, key_blocks, length, BLOCK_K, STEPS)
+    for step in range(0, whole):
+        start = tl.load(entries_ptr + step // STEPS) * BLOCK_K + step % STEPS * TILE_K
+        accumulator, maximum, total = attend(
+            accumulator, maximum, total, query, key_ptr, value_ptr, key_bias_ptr, stride_key_token, stride_key_dim,
+            stride_value_token, stride_value_dim, stride_bias_token, start, length, scale_log2,
+            HEAD_DIM, DIMS, TILE_K, False, PRECISION, WIDE,
+        )  # fmt: skip
+    for step in tl.range(whole, count * STEPS, num_stages=1):
+        start = tl.load(entries_ptr + step // STEPS) * BLOCK_K + step % STEPS * TILE_K
+        accumulator, maximum, total = attend(
+            accumulator, maximum, total, query, key_ptr, value_ptr, key_bias_ptr, stride_key_token, stride_key_dim,
+            stride_value_token, stride_value_dim, stride_bias_token, start, length, scale_log2,
+            HEAD_DIM, DIMS, TILE_K, True, PRECISION, WIDE,
+        )  # fmt: skip
+
+    rows = first + tl.arange(0, TILE_Q)
+    attended = total > 0
+    logsumexp = tl.where(attended, (maximum + tl.log2(tl.where(attended, total, 1.0))) * LN_2, float("-inf"))
+    tl.store(logsumexp_ptr + head.to(tl.int64) * length + rows, logsumexp, mask=rows < length)
+    accumulator *= (1.0 / tl.where(attended, total, 1.0))[:, None]
+
+    if LINEAR != "none":
+        if LINEAR == "marginal":
+            sums_ptr += line * STATE
+        else:
+            sums_ptr += (local // group).to(tl.int64) * STATE
+        tokens = query.to(tl.float32)
+        feature_maximum, normaliser = feature_statistics(tokens, HEAD_DIM, DIMS, FEATURE_MAP)
+        phi = feature(tokens, feature_maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP)
+        dims = tl.arange(0, DIMS)
+        z = tl.load(sums_ptr + HEAD_DIM * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+        denominator = tl.sum(phi * z[None, :], 1) + tl.cast(epsilon, tl.float32)
+        defined = denominator > MIN_DENOMINATOR
+        inverse = tl.where(defined, 1.0 / tl.where(defined, denominator, 1.0), 0.0)
+        for col in range(0, HEAD_DIM, SLICE):
+            part = load_tile(
+                query_ptr, first, length, stride_query_token, col, stride_query_dim, TILE_Q, SLICE, HEAD_DIM, True, WIDE
+            ).to(tl.float32)  # (TILE_Q, SLICE)
+            weights = feature(part, feature_maximum, normaliser, col, SLICE, HEAD_DIM, FEATURE_MAP) * inverse[:, None]
+            h = load_tile(
+                sums_ptr, col, HEAD_DIM, HEAD_DIM, 0, 1, SLICE, DIMS, HEAD_DIM, HEAD_DIM % SLICE != 0, False
+            )  # (SLICE, DIMS), the projection folded in
+            accumulator = tl.dot(weights, h, accumulator, input_precision=PRECISION)
+        if proj_bias_ptr is not None:
+            proj_bias = tl.load(proj_bias_ptr + dims * stride_proj_bias, mask=dims < HEAD_DIM, other=0.0)
+            accumulator += proj_bias.to(tl.float32)[None, :]
+
+    store_tile(
+        output_ptr, accumulator, first, length, stride_output_token, 0, stride_output_dim, TILE_Q, DIMS, HEAD_DIM, WIDE
+    )

@@ -1,0 +1,349 @@
+"""The launcher of the Triton kernels: checks, allocation, grids, launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sla_compile.kernels.backward import key_gradient_kernel, query_gradient_kernel
+from sla_compile.kernels.block_lists import block_lists_kernel
+from sla_compile.kernels.forward import forward_kernel
+from sla_compile.kernels.spec import MIN_DENOMINATOR, Spec, num_blocks
+from sla_compile.kernels.summaries import block_sums_kernel, state_size, summaries_kernel
+from sla_compile.kernels.tuning import MAX_TILE, Plan, plan, target_of
+
+# Bound on what a call allocates besides its results: heads are processed in chunks that stay below it.
+TRANSIENT_BYTES = 1 << 29
+# With linear="all" the states are summed in two steps: this many partial sums of a head, then one.
+PARTIAL_SUMS = 64
+# A smaller scale (zero, say) is replaced by this one: the attention is as uniform, and it can be divided by.
+MIN_SCALE = 2.0**-40
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: Tensor,
+    spec: Spec,
+    *,
+    proj_weight: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sparse-linear attention over a block map (SLA, arXiv 2509.24006, algorithm 1); see reference_attention.
+
+    Args:
+        query: (B, H, L, D) float16, bfloat16 or float32; key, value: (B, H_kv, L, D), same dtype; any strides.
+        block_map: int8 (B, H, T_m, T_n) in {1, 0, -1}.
+        proj_weight: (D, D), proj_bias: (D), any floating dtype.
+        key_bias: float32 (B, L), at most 0.
+
+    Returns:
+        output (B, H, L, D) in query's dtype, with the strides of a transposed (B, L, H, D) tensor, and the natural
+        log-sum-exp of the critical scores, float32 (B, H, L).
+    """
+    call = _call(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias)
+    output = _transposed_empty(query)
+    logsumexp = call.empty(*query.shape[:3])
+    with torch.cuda.device_of(query):
+        for chunk in call.chunks(backward=False):
+            chunk.run_forward(output, logsumexp)
+    return output, logsumexp
+
+
+def backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    block_map: Tensor,
+    spec: Spec,
+    *,
+    proj_weight: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients to query, key, value, proj_weight and proj_bias (SLA, arXiv 2509.24006, algorithm 2).
+
+    Deterministic: no atomics. Takes forward's arguments and results, and the output's gradient with any strides; the
+    gradients to the parameters are None where there is no such parameter or no linear branch.
+    """
+    call = _call(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias)
+    grads = _transposed_empty(query), _transposed_empty(key), _transposed_empty(value)
+    has_weight = proj_weight is not None and spec.linear != "none"
+    grad_weight = torch.zeros_like(proj_weight, dtype=torch.float32) if has_weight else None
+    grad_bias = None
+    with torch.cuda.device_of(query):
+        for chunk in call.chunks(backward=True):
+            grad_weights = chunk.run_backward(grad_output, output, logsumexp, *grads)
+            if grad_weight is not None:
+                grad_weight += grad_weights.sum((0, 1))
+        if call.proj_bias is not None:
+            grad_bias = grad_output.sum((0, 1, 2), dtype=torch.float32).to(call.proj_bias.dtype)
+    return *grads, None if grad_weight is None else grad_weight.to(proj_weight.dtype), grad_bias
+
+
+def launch(kernel: Any, programs: int, **arguments: Any) -> None:
+    """Launches `programs` programs of a kernel."""
+    kernel[(programs,)](**arguments)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a call, and a chunk of its heads: key-value heads `start` .. `start + units` of all B * H_kv."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    block_map: Tensor
+    spec: Spec
+    proj_weight: Tensor | None
+    proj_bias: Tensor | None
+    key_bias: Tensor | None
+    plan: Plan
+    start: int
+    units: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.query.shape[3]
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.query.device)
+
+    def chunks(self, *, backward: bool) -> Iterator[_Call]:
+        """The call in pieces whose transient tensors take at most TRANSIENT_BYTES, or one head if that takes more."""
+        rows, columns = self.block_map.shape[2:]
+        lists = self.group * rows * columns * (2 if backward else 1)
+        states = 0
+        if self.spec.linear != "none":
+            states = columns + self.group * rows
+            if backward:
+                states += self.group * rows * (self.spec.block_q // self.plan.query_gradient.tile_q)
+        step = max(1, TRANSIENT_BYTES // max(1, 4 * (lists + states * state_size(self.head_dim))))
+        for start in range(0, self.units, step):
+            yield replace(self, start=start, units=min(step, self.units - start))
+
+    def run_forward(self, output: Tensor, logsumexp: Tensor) -> None:
+        """Fills this chunk's part of the results."""
+        entries, counts = self.lists(columns=False)
+        chosen = self.plan.forward
+        launch(
+            forward_kernel,
+            self.units * self.group * self.block_map.shape[2] * (self.spec.block_q // chosen.tile_q),
+            query_ptr=self.query, key_ptr=self.key, value_ptr=self.value, proj_bias_ptr=self.proj_bias,
+            sums_ptr=self.linear_sums(), entries_ptr=entries, counts_ptr=counts,
+            output_ptr=output, logsumexp_ptr=logsumexp,
+            **_strides("query", self.query), **_strides("key", self.key), **_strides("value", self.value),
+            **_strides("output", output), stride_proj_bias=_stride(self.proj_bias, 0),
+            epsilon=self.spec.epsilon, head_start=self.start * self.group,
+            MIN_DENOMINATOR=MIN_DENOMINATOR, WIDE=_wide(self.query, self.key, self.value, output),
+            **self.common(), **chosen.arguments,
+        )  # fmt: skip
+
+    def run_backward(
+        self,
+        grad_output: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        grad_query: Tensor,
+        grad_key: Tensor,
+        grad_value: Tensor,
+    ) -> Tensor | None:
+        """Fills this chunk's part of the gradients; returns what sums to the projection's over dimensions 0 and 1."""
+        rows, columns = self.block_map.shape[2:]
+        linear = self.spec.linear != "none"
+        for_query, for_key = self.plan.query_gradient, self.plan.key_gradient
+        query_tiles = rows * (self.spec.block_q // for_query.tile_q)
+        key_tiles = columns * (self.spec.block_k // for_key.tile_k)
+        common = dict(**_strides("grad", grad_output), **_strides("query", self.query), **_strides("key", self.key),
+                      **_strides("value", self.value), **self.common())  # fmt: skip
+        wide = _wide(self.query, self.key, self.value, output, grad_output, grad_query, grad_key, grad_value)
+        delta = self.empty(self.units * self.group, self.query.shape[2])
+        sums = self.linear_sums()
+        grad_states = self.empty(self.units * self.group, query_tiles, state_size(self.head_dim)) if linear else None
+        entries, counts = self.lists(columns=False)
+        launch(
+            query_gradient_kernel,
+            self.units * self.group * query_tiles,
+            grad_output_ptr=grad_output, query_ptr=self.query, key_ptr=self.key, value_ptr=self.value,
+            proj_bias_ptr=self.proj_bias, output_ptr=output, logsumexp_ptr=logsumexp, sums_ptr=sums,
+            entries_ptr=entries, counts_ptr=counts, grad_query_ptr=grad_query, grad_states_ptr=grad_states,
+            delta_ptr=delta, **_strides("output", output), **_strides("gq", grad_query),
+            stride_proj_bias=_stride(self.proj_bias, 0), epsilon=self.spec.epsilon,
+            head_start=self.start * self.group, MIN_DENOMINATOR=MIN_DENOMINATOR, WIDE=wide,
+            **common, **for_query.arguments,
+        )  # fmt: skip
+        del sums
+
+        grad_sums = self.linear_grad_sums(grad_states) if linear else None
+        del grad_states
+        grad_weights = self.empty(self.units, key_tiles, self.head_dim, self.head_dim) if linear else None
+        entries, counts = self.lists(columns=True)
+        launch(
+            key_gradient_kernel,
+            self.units * key_tiles,
+            grad_output_ptr=grad_output, query_ptr=self.query, key_ptr=self.key, value_ptr=self.value,
+            weight_ptr=self.proj_weight, logsumexp_ptr=logsumexp, delta_ptr=delta, grad_sums_ptr=grad_sums,
+            entries_ptr=entries, counts_ptr=counts, grad_key_ptr=grad_key, grad_value_ptr=grad_value,
+            grad_weights_ptr=grad_weights, **_strides("gk", grad_key), **_strides("gv", grad_value),
+            **_strides("weight", self.proj_weight, "out", "in"), head_start=self.start, WIDE=wide,
+            **common, **for_key.arguments,
+        )  # fmt: skip
+        return grad_weights
+
+    def common(self) -> dict[str, Any]:
+        """Arguments of the forward kernel and of both backward kernels."""
+        return dict(
+            key_bias_ptr=self.key_bias, **_strides("bias", self.key_bias, "batch", "token"),
+            scale=self.spec.scale if abs(self.spec.scale) > MIN_SCALE else MIN_SCALE,
+            heads=self.query.shape[1], group=self.group, length=self.query.shape[2],
+            query_blocks=self.block_map.shape[2], key_blocks=self.block_map.shape[3],
+            HEAD_DIM=self.head_dim, STATE=state_size(self.head_dim), DIMS=_padded(self.head_dim),
+            BLOCK_Q=self.spec.block_q, BLOCK_K=self.spec.block_k, FEATURE_MAP=self.spec.feature_map,
+            LINEAR=self.spec.linear, PRECISION=self.plan.precision,
+        )  # fmt: skip
+
+    def lists(self, *, columns: bool) -> tuple[Tensor, Tensor]:
+        """The critical key blocks of each query block, or with `columns` the critical query blocks of each key block.
+
+        Returns:
+            int32 entries (heads, lists, capacity), ascending and undefined past counts (heads, lists). Every list has
+            room for the longest one possible, so that no size depends on the map's values.
+        """
+        heads, (lists, length) = self.units * self.group, self.block_map.shape[2:]
+        strides = _strides("", self.block_map, "batch", "head", "list", "entry")
+        lanes, step = 4, 256
+        if columns:
+            lists, length = length, lists
+            strides["stride_list"], strides["stride_entry"] = strides["stride_entry"], strides["stride_list"]
+            lanes, step = 32, 32
+        entries = self.empty(heads, lists, length, dtype=torch.int32)
+        counts = self.empty(heads, lists, dtype=torch.int32)
+        launch(
+            block_lists_kernel,
+            heads * num_blocks(lists, lanes),
+            map_ptr=self.block_map, entries_ptr=entries, counts_ptr=counts, **strides,
+            head_start=self.start * self.group, heads=self.query.shape[1], lists=lists, length=length,
+            LISTS=lanes, STEP=step,
+        )  # fmt: skip
+        return entries, counts
+
+    def linear_sums(self) -> Tensor | None:
+        """States (NOTE [State]) that a query block reads: (query heads, T_m, state), or (units, 1, state) for "all"."""
+        if self.spec.linear == "none":
+            return None
+        rows, columns = self.block_map.shape[2:]
+        slots = columns if self.spec.linear == "marginal" else min(columns, PARTIAL_SUMS)
+        slot_blocks = num_blocks(columns, slots)
+        slots = num_blocks(columns, slot_blocks)
+        states = self.empty(self.units, slots, state_size(self.head_dim))
+        chosen = self.plan.summaries
+        launch(
+            summaries_kernel,
+            self.units * slots * num_blocks(self.head_dim, chosen.slice),
+            key_ptr=self.key, value_ptr=self.value, weight_ptr=self.proj_weight, key_bias_ptr=self.key_bias,
+            states_ptr=states, **_strides("key", self.key), **_strides("value", self.value),
+            **_strides("weight", self.proj_weight, "out", "in"), **_strides("bias", self.key_bias, "batch", "token"),
+            head_start=self.start, heads=self.key.shape[1], length=self.key.shape[2], slots=slots,
+            slot_tokens=slot_blocks * self.spec.block_k, HEAD_DIM=self.head_dim, STATE=state_size(self.head_dim),
+            DIMS=_padded(self.head_dim), FEATURE_MAP=self.spec.feature_map, PRECISION=self.plan.precision,
+            WIDE=_wide(self.key, self.value), SLICE=chosen.slice, TILE_K=chosen.tile_k, **chosen.options,
+        )  # fmt: skip
+        if self.spec.linear == "all":
+            return states.sum(1, keepdim=True)
+        return self.block_sums(states, rows, columns, 1, columns=False)
+
+    def linear_grad_sums(self, grad_states: Tensor) -> Tensor:
+        """Gradients to the states of key blocks, (units, T_n, state), or (units, 1, state) for "all"."""
+        if self.spec.linear == "all":
+            return grad_states.view(self.units, -1, grad_states.shape[2]).sum(1, keepdim=True)
+        parts = self.spec.block_q // self.plan.query_gradient.tile_q
+        return self.block_sums(grad_states, self.block_map.shape[3], grad_states.shape[1], parts, columns=True)
+
+    def block_sums(self, states: Tensor, rows: int, terms: int, terms_per_block: int, *, columns: bool) -> Tensor:
+        """Sums of states over the marginal blocks of each row of the map, or with `columns` of each column."""
+        strides = _strides("", self.block_map, "batch", "head", "row", "term")
+        if columns:
+            strides["stride_row"], strides["stride_term"] = strides["stride_term"], strides["stride_row"]
+        members, shared = (self.group, 1) if columns else (1, self.group)
+        heads = self.units if columns else self.units * self.group
+        sums = self.empty(heads, rows, states.shape[2])
+        chosen = self.plan.block_sums
+        launch(
+            block_sums_kernel,
+            heads * num_blocks(rows, chosen.tile_q) * num_blocks(states.shape[2], chosen.slice),
+            map_ptr=self.block_map, states_ptr=states, sums_ptr=sums, **strides, head_start=self.start * self.group,
+            heads=self.query.shape[1], members=members, shared=shared, rows=rows, terms=terms, STATE=states.shape[2],
+            TERMS_PER_BLOCK=terms_per_block, TILE_ROWS=chosen.tile_q, TILE_TERMS=chosen.tile_k,
+            TILE_COLS=chosen.slice, PRECISION=self.plan.precision, **chosen.options,
+        )  # fmt: skip
+        return sums
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: Tensor,
+    spec: Spec,
+    proj_weight: Tensor | None,
+    proj_bias: Tensor | None,
+    key_bias: Tensor | None,
+) -> _Call:
+    batch, heads, length, dim = query.shape
+    if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        raise TypeError(
+            f"query, key and value must share one dtype of {DTYPES}, got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    expected = batch, heads, num_blocks(length, spec.block_q), num_blocks(length, spec.block_k)
+    if block_map.shape != expected or block_map.dtype != torch.int8:
+        raise ValueError(f"block_map must be int8 {expected}, got {block_map.dtype} {tuple(block_map.shape)}")
+    if spec.linear == "none":
+        proj_weight = proj_bias = None
+    elif proj_weight is None:
+        raise ValueError(f'linear="{spec.linear}" needs proj_weight')
+    chosen = plan(_padded(dim), query.element_size(), spec.block_q, spec.block_k, target_of(query.device))
+    units = batch * key.shape[1] if query.numel() else 0
+    return _Call(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, chosen, 0, units)
+
+
+def _transposed_empty(like: Tensor) -> Tensor:
+    """Uninitialised, of `like`'s shape and dtype, with the strides of a transposed (B, L, H, D) tensor."""
+    batch, heads, length, dim = like.shape
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _padded(dim: int) -> int:
+    """Columns of a tile that holds `dim`: a power of two, and enough for a matrix product."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _strides(name: str, tensor: Tensor | None, *dimensions: str) -> dict[str, int]:
+    """Keyword arguments stride_<name>_<dimension> of a tensor, zeros where there is none."""
+    dimensions = dimensions or ("batch", "head", "token", "dim")
+    prefix = f"stride_{name}_" if name else "stride_"
+    return {prefix + dimension: _stride(tensor, index) for index, dimension in enumerate(dimensions)}
+
+
+def _stride(tensor: Tensor | None, dimension: int) -> int:
+    return 0 if tensor is None else tensor.stride(dimension)
+
+
+def _wide(*tensors: Tensor) -> bool:
+    """Whether offsets inside a tile of one of the tensors may pass 32 bits."""
+    return any(MAX_TILE * tensor.stride(2) + tensor.shape[3] * tensor.stride(3) >= 2**31 for tensor in tensors)

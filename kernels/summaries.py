@@ -1,0 +1,154 @@
+"""The linear branch's states: what a block of keys contributes, and the sums of contributions over marginal blocks.
+
+NOTE [State]: a state is a (D + 1, D) float32 matrix, h above z, flat, so that summing h and z over blocks is one matrix
+product. Its size is rounded up to 16 elements, which keeps every state aligned. The projection is folded in:
+
+    h_j = phi(K_j)^T diag(w) V_j W^T        z_j = phi(K_j)^T w        w: weights of the keys, exp(key bias)
+
+so O_l W^T = phi(Q) H / (phi(Q) Z) is one product less for each query block, in the forward and in the backward.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sla_compile.kernels.tiles import feature, feature_statistics, key_weights, load_tile, store_tile
+
+
+def state_size(head_dim: int) -> int:
+    """Elements of a state, see NOTE [State]."""
+    return -(-(head_dim + 1) * head_dim // 16) * 16
+
+
+@triton.jit(do_not_specialize=["head_start", "heads", "length", "slots", "slot_tokens"])
+def summaries_kernel(
+    key_ptr,
+    value_ptr,
+    weight_ptr,
+    key_bias_ptr,
+    states_ptr,
+    stride_key_batch,
+    stride_key_head,
+    stride_key_token,
+    stride_key_dim,
+    stride_value_batch,
+    stride_value_head,
+    stride_value_token,
+    stride_value_dim,
+    stride_weight_out,
+    stride_weight_in,
+    stride_bias_batch,
+    stride_bias_token,
+    head_start,
+    heads,
+    length,
+    slots,
+    slot_tokens,
+    HEAD_DIM: tl.constexpr,
+    STATE: tl.constexpr,
+    DIMS: tl.constexpr,
+    SLICE: tl.constexpr,
+    TILE_K: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Columns of the state of `slot_tokens` consecutive keys of one key-value head."""
+    slices: tl.constexpr = (HEAD_DIM + SLICE - 1) // SLICE
+    col = (tl.program_id(0) % slices) * SLICE
+    slot = (tl.program_id(0) // slices) % slots
+    local = tl.program_id(0) // slices // slots
+    batch = ((head_start + local) // heads).to(tl.int64)
+    head = ((head_start + local) % heads).to(tl.int64)
+    key_ptr += batch * stride_key_batch + head * stride_key_head
+    value_ptr += batch * stride_value_batch + head * stride_value_head
+    if key_bias_ptr is not None:
+        key_bias_ptr += batch * stride_bias_batch
+    states_ptr += (local.to(tl.int64) * slots + slot) * STATE
+
+    weight = load_tile(
+        weight_ptr, col, HEAD_DIM, stride_weight_out, 0, stride_weight_in,
+        SLICE, DIMS, HEAD_DIM, HEAD_DIM % SLICE != 0, False,
+    ).to(tl.float32)  # (SLICE, DIMS)  # fmt: skip
+    h = tl.zeros([DIMS, SLICE], tl.float32)
+    z = tl.zeros([DIMS], tl.float32)
+    end = tl.minimum((slot + 1) * slot_tokens, length)
+    for start in range(slot * slot_tokens, end, TILE_K):
+        key = load_tile(
+            key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
+        ).to(tl.float32)  # (TILE_K, DIMS)
+        value = load_tile(
+            value_ptr, start, length, stride_value_token, 0, stride_value_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
+        ).to(tl.float32)  # (TILE_K, DIMS)
+        maximum, normaliser = feature_statistics(key, HEAD_DIM, DIMS, FEATURE_MAP)
+        phi = feature(key, maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP)
+        # Past the end of the sequence phi of a zero row is not zero: the weight is, applied after phi.
+        phi *= key_weights(key_bias_ptr, stride_bias_token, start, length, TILE_K)[:, None]
+        projected = tl.dot(value, tl.trans(weight), input_precision=PRECISION)  # (TILE_K, SLICE)
+        h = tl.dot(tl.trans(phi), projected, h, input_precision=PRECISION)
+        z += tl.sum(phi, 0)
+
+    store_tile(states_ptr, h, 0, HEAD_DIM, HEAD_DIM, col, 1, DIMS, SLICE, HEAD_DIM, False)
+    dims = tl.arange(0, DIMS)
+    tl.store(states_ptr + HEAD_DIM * HEAD_DIM + dims, z, mask=(dims < HEAD_DIM) & (col == 0))
+
+
+@triton.jit(
+    do_not_specialize=["head_start", "heads", "members", "shared", "rows", "terms", "stride_head", "stride_batch"]
+)
+def block_sums_kernel(
+    map_ptr,
+    states_ptr,
+    sums_ptr,
+    stride_batch,
+    stride_head,
+    stride_row,
+    stride_term,
+    head_start,
+    heads,
+    members,
+    shared,
+    rows,
+    terms,
+    STATE: tl.constexpr,
+    TERMS_PER_BLOCK: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_TERMS: tl.constexpr,
+    TILE_COLS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """sums[r] = sum over t of [map[r, t] == 0] states[t]: a matrix product with the marginal mask, read as it is.
+
+    Sum n adds up the query heads n * members .. + members - 1, whose states are those of head / shared. With the map's
+    strides exchanged it sums over query blocks for each key block; TERMS_PER_BLOCK consecutive states then belong to
+    one of them.
+    """
+    row_tiles = tl.cdiv(rows, TILE_ROWS)
+    col_tiles: tl.constexpr = (STATE + TILE_COLS - 1) // TILE_COLS
+    # Row tiles run fastest: those that read the same columns of the states meet in the cache.
+    row = (tl.program_id(0) % row_tiles) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    first_col = (tl.program_id(0) // row_tiles) % col_tiles * TILE_COLS
+    local = tl.program_id(0) // row_tiles // col_tiles
+    col = first_col + tl.arange(0, TILE_COLS)
+
+    total = tl.zeros([TILE_ROWS, TILE_COLS], tl.float32)
+    for member in range(0, members):
+        local_head = local * members + member
+        head = head_start + local_head
+        head_map_ptr = map_ptr + (head // heads).to(tl.int64) * stride_batch + (head % heads).to(tl.int64) * stride_head
+        head_states_ptr = states_ptr + (local_head // shared).to(tl.int64) * terms * STATE
+        for start in range(0, terms, TILE_TERMS):
+            term = start + tl.arange(0, TILE_TERMS)
+            block = (term // TERMS_PER_BLOCK).to(tl.int64)
+            classes = tl.load(
+                head_map_ptr + row.to(tl.int64)[:, None] * stride_row + block[None, :] * stride_term,
+                mask=(row < rows)[:, None] & (term < terms)[None, :],
+                other=-1,
+            )  # (TILE_ROWS, TILE_TERMS)
+            states = load_tile(
+                head_states_ptr, start, terms, STATE, first_col, 1, TILE_TERMS, TILE_COLS, STATE, True, False
+            )  # (TILE_TERMS, TILE_COLS)
+            total = tl.dot((classes == 0).to(tl.float32), states, total, input_precision=PRECISION)
+    offsets = (local.to(tl.int64) * rows + row)[:, None] * STATE + col[None, :]
+    tl.store(sums_ptr + offsets, total, mask=(row < rows)[:, None] & (col < STATE)[None, :])

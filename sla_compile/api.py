@@ -1,0 +1,302 @@
+"""The verb: accelerate a model, and what goes with it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from sla_compile.config import SLAConfig
+from sla_compile.module import SparseLinearAttention
+from sla_compile.passes.sites import Site
+from sla_compile.plan import Planned, plan_module
+from sla_compile.redirect import Redirection, attach, attach_root, detach, is_changed
+from sla_compile.report import Report
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model")
+Patterns = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+
+@dataclass
+class Acceleration:
+    """What the root of an accelerated model remembers."""
+
+    origin: str
+    title: str
+    sites: list[Site]
+
+
+def accelerate(
+    model: Model,
+    sparsity: float | None = None,
+    *,
+    config: SLAConfig | None = None,
+    example_inputs: Any = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    per_site: Mapping[str, SLAConfig | None] | None = None,
+    allow_no_match: bool = False,
+) -> Model:
+    """Makes the long self-attentions of a model run as Sparse-Linear Attention (SLA, arXiv 2509.24006).
+
+    A module is changed in place and returned: same object, same class name, same parameters plus, for every chosen
+    attention, ``<owner>.sla.proj_weight`` and ``<owner>.sla.proj_bias`` (D x D and D, zero, in the owner's dtype, like
+    it trainable or frozen). Call it before ``torch.compile``, ``torch.export``, ``fully_shard`` or DDP.
+
+    Args:
+        model: an ``nn.Module``, ``torch.fx.GraphModule`` or ``torch.export.ExportedProgram``.
+        sparsity: share of blocks that are not computed exactly; overrides the config's, which is 0.95 by default.
+        config: everything else; see :class:`SLAConfig`.
+        example_inputs: a tuple of positional or a dict of keyword arguments of the model's forward. With them every
+            attention is found and decided exactly, by a run on fake tensors; without, by the model's structure.
+        include: name patterns (``fnmatch``) or ``predicate(name, module)``; only these attentions are considered, and
+            one whose structure does not tell whether it is self-attention is taken to be.
+        exclude: likewise; these stay dense.
+        per_site: a configuration for the attentions whose name matches a pattern (the first that does), None to leave
+            them dense.
+        allow_no_match: return the model unchanged, instead of raising, when no attention qualifies.
+
+    Returns:
+        The same module or graph module; for an ExportedProgram a new one.
+
+    Raises:
+        ValueError: nothing qualifies, a pattern matches nothing, or an attention cannot be decided; the model is then
+            what it was.
+        RuntimeError: the model is accelerated already, or wrapped in something that must come after.
+        TypeError: `model` is none of the above.
+    """
+    base = config or SLAConfig()
+    if not isinstance(base, SLAConfig):
+        raise TypeError(f"config must be an SLAConfig, got {type(base).__name__}")
+    if sparsity is not None:
+        base = base.replace(sparsity=sparsity)
+    choice = _Choice(base, include, exclude, per_site)
+    origin = f"accelerate({type(model).__name__}, sparsity={base.sparsity}) at {_caller()}"
+    if isinstance(model, torch.export.ExportedProgram):
+        from sla_compile.passes.exported import accelerate_exported
+
+        program, sites = accelerate_exported(model, choice, allow_no_match=allow_no_match)
+        choice.check_patterns(sites)
+        return program
+    if isinstance(model, torch.fx.GraphModule):
+        from sla_compile.passes.rewrite import accelerate_graph
+
+        accelerate_graph(model, choice, example_inputs=example_inputs, allow_no_match=allow_no_match)
+        return model
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"accelerate takes an nn.Module, fx.GraphModule or ExportedProgram, got {type(model).__name__}; for a plain "
+            'function use torch.compile(function, backend="sla")'
+        )
+    _check_unwrapped(model)
+    planned, sites = plan_module(model, choice, example_inputs)
+    choice.check_patterns(sites)
+    if not planned and not allow_no_match:
+        raise ValueError(f"no attention of {type(model).__name__} qualifies:\n{_reasons(sites)}")
+    _apply(model, planned)
+    model.__dict__["_sla_acceleration"] = Acceleration(origin, type(model).__name__, sites)
+    logger.info("%s: %d of %d attentions redirected", origin, len(planned), len(sites))
+    return model
+
+
+def report(model: Any) -> Report:
+    """Every attention of an accelerated model or graph: rewritten, or dense and why.
+
+    Shapes are those of `example_inputs`, or of the last eager run.
+
+    Raises:
+        ValueError: `model` was not accelerated.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
+        return _graph_report(model)
+    state = _acceleration(model)
+    modules = dict(model.named_modules())
+    return Report(state.title, tuple(_refreshed(site, modules.get(site.name)) for site in state.sites))
+
+
+def parameters(model: Any) -> list[nn.Parameter]:
+    """The parameters that :func:`accelerate` added, to give to an optimizer.
+
+    They are frozen where the owner's own parameters are: then ``requires_grad_(True)`` comes first.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
+    return [parameter for module in model.modules() if isinstance(module, SparseLinearAttention)
+            for parameter in module.parameters()]  # fmt: skip
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Takes everything back: classes, parameters, attention backends. Returns the same module.
+
+    Raises:
+        ValueError: `model` was not accelerated.
+    """
+    _acceleration(model)
+    for module in list(model.modules()):
+        if is_changed(module):
+            detach(module)
+    del model.__dict__["_sla_acceleration"]
+    return model
+
+
+@contextmanager
+def dense(model: nn.Module) -> Iterator[nn.Module]:
+    """Exact attention inside the ``with`` block, for dense first steps of a sampler or for comparison.
+
+    A compiled model compiles once for each of the two.
+    """
+    _acceleration(model)
+    modules = [module for module in model.modules() if isinstance(module, SparseLinearAttention)]
+    before = [module.dense for module in modules]
+    for module in modules:
+        module.dense = True
+    try:
+        yield model
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.dense = value
+
+
+class _Choice:
+    """Which configuration an attention gets, by name: ``choice(name, module)``."""
+
+    def __init__(
+        self,
+        base: SLAConfig,
+        include: Patterns | None,
+        exclude: Patterns | None,
+        per_site: Mapping[str, SLAConfig | None] | None,
+    ) -> None:
+        for value in (per_site or {}).values():
+            if value is not None and not isinstance(value, SLAConfig):
+                raise TypeError(f"per_site maps patterns to an SLAConfig or None, got {type(value).__name__}")
+        self.base = base
+        self.include = include
+        self.exclude = exclude
+        self.per_site = dict(per_site or {})
+
+    def __call__(self, name: str, module: nn.Module | None = None) -> SLAConfig | str:
+        """The configuration, or the reason why the user wants it dense."""
+        if self.include is not None and not _matches(self.include, name, module):
+            return "not among include"
+        if self.exclude is not None and _matches(self.exclude, name, module):
+            return "excluded"
+        for pattern, config in self.per_site.items():
+            if fnmatchcase(name, pattern):
+                return config or f"per_site[{pattern!r}] is None"
+        return self.base
+
+    def names(self, name: str, module: nn.Module | None = None) -> bool:
+        """Whether the user asked for this attention by name."""
+        if self.include is not None and _matches(self.include, name, module):
+            return True
+        return any(fnmatchcase(name, pattern) for pattern, config in self.per_site.items() if config)
+
+    def check_patterns(self, sites: Sequence[Site]) -> None:
+        """Raises ValueError for a pattern that matches no attention: it would do nothing, silently."""
+        for label, patterns in (("include", self.include), ("exclude", self.exclude), ("per_site", list(self.per_site))):
+            if patterns is None or callable(patterns):
+                continue
+            for pattern in [patterns] if isinstance(patterns, str) else patterns:
+                if not any(fnmatchcase(site.name, pattern) for site in sites):
+                    names = ", ".join(dict.fromkeys(site.name for site in sites)) or "none"
+                    raise ValueError(f"{label} pattern {pattern!r} matches no attention; found: {names}")
+
+
+def _matches(patterns: Patterns, name: str, module: nn.Module | None) -> bool:
+    if callable(patterns):
+        return bool(patterns(name, module))
+    return any(fnmatchcase(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        state = module.__dict__.get("_sla_acceleration")
+        if state is not None:
+            where = f"its submodule {name}" if name else "this model"
+            raise RuntimeError(f"{where} is accelerated already, by {state.origin}; sla_compile.restore undoes it")
+        kind = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise RuntimeError(f"{name or 'the model'} is a ScriptModule, whose graph is fixed; accelerate before scripting")
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise RuntimeError(f"accelerate the module inside {kind} before wrapping it: it gets new parameters")
+        if any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
+            raise RuntimeError(f"{name or 'the model'} is sharded already; call accelerate before fully_shard")
+        if hasattr(module, "_orig_mod") and kind == "OptimizedModule":
+            raise RuntimeError(f"{name or 'the model'} is compiled already; call accelerate before torch.compile")
+
+
+def _apply(model: nn.Module, planned: Sequence[Planned]) -> None:
+    """Attaches all that was planned, or nothing."""
+    done: list[nn.Module] = []
+    try:
+        for item in planned:
+            done.append(item.module)
+            attach(item.module, item.redirection, item.sla)
+        if planned:
+            done.append(model)
+            attach_root(model)
+    except BaseException:
+        for module in {id(module): module for module in done if is_changed(module)}.values():
+            detach(module)
+        raise
+
+
+def _acceleration(model: nn.Module) -> Acceleration:
+    state = model.__dict__.get("_sla_acceleration") if isinstance(model, nn.Module) else None
+    if state is None:
+        raise ValueError(f"this {type(model).__name__} was not accelerated by sla_compile.accelerate")
+    return state
+
+
+def _refreshed(site: Site, module: nn.Module | None) -> Site:
+    """The site with what the last eager call was, where there was one."""
+    redirection: Redirection | None = getattr(module, "_sla_redirection", None)
+    if redirection is None or redirection.seen is None or not site.rewritten:
+        return site
+    shape, keys, reason = redirection.seen
+    return site.replace(shape=str(shape), keys=str(keys), rewritten=reason is None, reason=reason or "")
+
+
+def _graph_report(model: Any) -> Report:
+    from sla_compile.passes.rewrite import recorded_sites
+
+    sites = recorded_sites(model)
+    if sites is None:
+        raise ValueError(f"this {type(model).__name__} was not accelerated by sla_compile.accelerate")
+    return Report(type(model).__name__, tuple(sites))
+
+
+def _reasons(sites: Sequence[Site]) -> str:
+    if not sites:
+        return (
+            "  none was found by structure; pass example_inputs to find them by running it on fake tensors, or "
+            'torch.compile(model, backend="sla")'
+        )
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(site.reason, []).append(site)
+    return "\n".join(
+        f"  {found[0].name or 'the model itself'} {found[0].shape}" + f" and {len(found) - 1} more" * (len(found) > 1)
+        + f": {reason}"
+        for reason, found in groups.items()
+    )
+
+
+def _caller() -> str:
+    """File and line of the first frame outside of this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "sla_compile":
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+

@@ -1,0 +1,214 @@
+"""Which attentions a model really calls, from one run on fake tensors.
+
+NOTE [Self-attention by provenance]
+Equal lengths of queries and keys do not make a self-attention: 512 video tokens may attend to 512 text tokens. While the
+run goes on, every tensor carries the labels of the arguments of the enclosing module call that it was computed from.
+A call is self-attention (or joint attention of several sequences) when query, key and value share a label and value has
+none that query lacks; a cross-attention's values come from a second sequence that the queries have not seen. Scopes
+are module calls, because after one block every token depends on everything the model was given.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+logger = logging.getLogger(__name__)
+
+_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of attention: its owner's path, its arguments (fake) and whether it is self-attention."""
+
+    owner: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    enable_gqa: bool
+    is_self: bool
+
+
+def discover(model: nn.Module, example_inputs: Any) -> list[AttentionCall]:
+    """The attention calls of ``model(*example_inputs)`` (or ``**``, for a dict), in order.
+
+    The run happens in evaluation mode on a copy whose parameters are fake, so it takes neither memory nor time of note
+    and cannot touch what the model caches. A model that reads values (``.item()``) cannot run on fakes; then the model
+    itself runs once, without gradients.
+
+    Raises:
+        TypeError: example_inputs is neither a tuple nor a dict.
+        ValueError: the model does not run with them.
+    """
+    args, kwargs = _arguments(example_inputs)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        memo = {
+            id(tensor): _fake(fakes, tensor)
+            for tensor in (*model.parameters(), *model.buffers())
+        }
+        copied = copy.deepcopy(model, memo).eval()
+        fake_args, fake_kwargs = tree_map_only(Tensor, fakes.from_tensor, (args, kwargs))
+        try:
+            return _observe(copied, fake_args, fake_kwargs)
+        except _NEEDS_VALUES as error:
+            logger.info("fake run of %s needs values (%s): running the model itself", type(model).__name__, error)
+        except Exception as error:
+            raise ValueError(f"the model does not run with these example_inputs: {error}") from error
+    if any(t.is_meta for t in (*model.parameters(), *tree_leaves((args, kwargs))) if isinstance(t, Tensor)):
+        raise ValueError(
+            "the model reads tensor values in its forward, which meta tensors do not have; accelerate it without "
+            "example_inputs (include= and exclude= choose), or after its weights are loaded"
+        )
+    was_training = {module: module.training for module in model.modules()}
+    try:
+        return _observe(model.eval(), args, kwargs)
+    except Exception as error:
+        raise ValueError(f"the model does not run with these example_inputs: {error}") from error
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise TypeError(
+        "example_inputs must be a tuple of positional or a dict of keyword arguments of the model's forward, got "
+        f"{type(example_inputs).__name__}"
+    )
+
+
+def _fake(fakes: FakeTensorMode, tensor: Tensor) -> Tensor:
+    fake = fakes.from_tensor(tensor.detach())
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _observe(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[AttentionCall]:
+    with torch.no_grad(), _Observer() as observer, _scopes(model, observer):
+        model(*args, **kwargs)
+    return observer.calls
+
+
+@contextmanager
+def _scopes(model: nn.Module, observer: _Observer) -> Iterator[None]:
+    handles = []
+    for name, module in model.named_modules():
+        has_parameters = next(module.parameters(), None) is not None
+        if module is not model and not has_parameters:
+            continue  # a helper without parameters acts for its caller
+        handles.append(module.register_forward_pre_hook(observer.enter(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(observer.leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Observer(TorchFunctionMode):
+    """Carries labels from arguments to results and notes every call of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[AttentionCall] = []
+        self.labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.scopes: list[tuple[str, int]] = []
+        self.entered = 0
+
+    def enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.entered += 1
+            self.scopes.append((name, self.entered))
+            for index, tensor in enumerate(tree_leaves((args, kwargs))):
+                if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
+                    self.add(tensor, {(self.entered, index)})
+
+        return hook
+
+    def leave(self, *_: Any) -> None:
+        self.scopes.pop()
+
+    def add(self, tensor: Tensor, labels: set[tuple[int, int]]) -> None:
+        self.labels[tensor] = self.labels.get(tensor, frozenset()) | labels
+
+    def local(self, tensor: Tensor) -> set[tuple[int, int]]:
+        """The labels of `tensor` that belong to the innermost module call."""
+        scope = self.scopes[-1][1]
+        return {label for label in self.labels.get(tensor, ()) if label[0] == scope}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.note(*args, **kwargs)
+        elif func is F.multi_head_attention_forward:
+            self.note_multi_head(*args, **kwargs)
+        result = func(*args, **kwargs)
+        labels: set[tuple[int, int]] = set()
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                labels |= self.labels.get(tensor, frozenset())
+        if labels:
+            name = getattr(func, "__name__", "")
+            in_place = name == "__setitem__" or name.endswith("_") and not name.endswith("__")
+            written = [args[0]] if in_place and args else []
+            for tensor in (*tree_leaves(result), *written, *[t._base for t in written if isinstance(t, Tensor)]):
+                if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
+                    self.add(tensor, labels)
+        return result
+
+    def note(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
+        query_from, key_from, value_from = (self.local(t) for t in (query, key, value))
+        is_self = bool(query_from & key_from & value_from) and value_from <= query_from
+        self.calls.append(
+            AttentionCall(
+                self.scopes[-1][0], query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, is_self
+            )
+        )
+
+    def note_multi_head(self, query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, *_: Any, **kwargs: Any):
+        def split(tokens: Tensor) -> Tensor:
+            length, batch = tokens.shape[0], tokens.shape[1] if tokens.dim() == 3 else 1
+            return tokens.new_empty(batch, heads, length, width // heads)
+
+        with torch._C.DisableTorchFunction():
+            tensors = (split(query), split(key), split(value))
+        plain = query is key and key is value and not kwargs.get("need_weights", True)
+        mask = kwargs.get("attn_mask")
+        self.calls.append(
+            AttentionCall(self.scopes[-1][0], *tensors, mask, 0.0, kwargs.get("is_causal", False), False, plain)
+        )

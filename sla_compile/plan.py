@@ -1,0 +1,174 @@
+"""What accelerate will do to a module, decided before anything is changed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from sla_compile.config import MAX_HEAD_DIM, SLAConfig
+from sla_compile.discovery import AttentionCall, discover
+from sla_compile.module import SparseLinearAttention
+from sla_compile.passes.eligibility import why_dense
+from sla_compile.passes.sites import Site
+from sla_compile.redirect import CHILD, Redirection
+from sla_compile.structure import Owner, find_owners
+
+_PARAMETER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Choice(Protocol):
+    """The user's wishes: a configuration or a reason to stay dense, by name."""
+
+    def __call__(self, name: str, module: nn.Module | None = None) -> SLAConfig | str: ...
+
+    def names(self, name: str, module: nn.Module | None = None) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One owner to change; without `sla` it is shielded from a redirected ancestor only."""
+
+    module: nn.Module
+    redirection: Redirection
+    sla: SparseLinearAttention | None
+
+
+def plan_module(model: nn.Module, choice: Choice, example_inputs: Any) -> tuple[list[Planned], list[Site]]:
+    """The owners to redirect and a row for every attention found.
+
+    Raises:
+        ValueError: an attention cannot be decided, or an owner already has a child of our name.
+    """
+    owners = find_owners(model)
+    if example_inputs is None:
+        decided = _decide_by_structure(owners, choice)
+    else:
+        decided = _decide_by_calls(model, discover(model, example_inputs), owners, choice)
+    chosen = {name: (config, site) for name, config, site in decided if config is not None}
+    modules = dict(model.named_modules())
+    seconds = {} if example_inputs is not None else {o.name: o for o in owners if o.second and not o.joint}
+    planned = []
+    for name, config, site in decided:
+        module = modules[name]
+        nested = any(name != other and _encloses(other, name) for other in chosen)
+        if config is not None:
+            sla = _new_parameters(name, module, config, site.head_dim)
+            second = _second_argument(module, seconds[name].second) if name in seconds else None
+            redirection = Redirection(name, second, nested, isinstance(module, nn.MultiheadAttention))
+            planned.append(Planned(module, redirection, sla))
+        elif nested:
+            planned.append(Planned(module, Redirection(name, None, True, False, site.reason), None))
+    return planned, [site for _, _, site in decided]
+
+
+Decision = tuple[str, SLAConfig | None, Site]
+
+
+def _decide_by_structure(owners: Sequence[Owner], choice: Choice) -> list[Decision]:
+    decided, unknown = [], []
+    for owner in owners:
+        wish = choice(owner.name, owner.module)
+        site = Site(owner.name, False, head_dim=owner.head_dim)
+        if isinstance(wish, str):
+            decided.append((owner.name, None, site.replace(reason=wish)))
+        elif owner.verdict == "dense":
+            decided.append((owner.name, None, site.replace(reason=owner.why)))
+        elif owner.head_dim is None:
+            unknown.append((owner.name, f"its head dimension is not declared ({type(owner.module).__name__})"))
+        elif owner.head_dim > MAX_HEAD_DIM:
+            decided.append((owner.name, None, site.replace(reason=f"head dimension over {MAX_HEAD_DIM}")))
+        elif owner.verdict == "unknown" and not choice.names(owner.name, owner.module):
+            unknown.append((owner.name, owner.why))
+        else:
+            decided.append((owner.name, wish, site.replace(rewritten=True, config=wish.fingerprint())))
+    if unknown:
+        lines = "\n".join(f"  {name}: {why}" for name, why in unknown[:8])
+        more = f"\n  and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        raise ValueError(
+            f"structure does not decide these attentions:\n{lines}{more}\n"
+            "pass example_inputs (a tuple or dict of the forward's arguments, fake or real) to decide them by a run on "
+            "fake tensors, or name them in include or exclude"
+        )
+    return decided
+
+
+def _decide_by_calls(
+    model: nn.Module, calls: Sequence[AttentionCall], owners: Sequence[Owner], choice: Choice
+) -> list[Decision]:
+    modules = dict(model.named_modules())
+    by_owner: dict[str, list[AttentionCall]] = {}
+    for call in calls:
+        by_owner.setdefault(call.owner, []).append(call)
+    decided = []
+    for name, made in by_owner.items():
+        wish = choice(name, modules[name])
+        reasons = [wish if isinstance(wish, str) else _why_dense(call, wish) for call in made]
+        dims = {call.query.shape[-1] for call, reason in zip(made, reasons, strict=True) if reason is None}
+        if len(dims) > 1:
+            reasons = [f"calls with different head dimensions {sorted(dims)}"] * len(made)
+        best = reasons.index(None) if None in reasons else 0
+        reason, call = reasons[best], made[best]
+        site = Site(
+            name,
+            reason is None,
+            reason or "",
+            str(tuple(call.query.shape)),
+            str(call.key.shape[-2]),
+            call.query.shape[-1],
+            config=wish.fingerprint() if reason is None else "",
+            calls=len(made),
+        )
+        decided.append((name, wish if reason is None else None, site))
+    for owner in owners:
+        if owner.name not in by_owner:
+            reason = "made no call of scaled_dot_product_attention with these example_inputs"
+            decided.append((owner.name, None, Site(owner.name, False, reason, head_dim=owner.head_dim)))
+    return decided
+
+
+def _why_dense(call: AttentionCall, config: SLAConfig) -> str | None:
+    reason = why_dense(
+        call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal, call.enable_gqa, config
+    )
+    return reason or (None if call.is_self else "cross-attention: keys and values stem from a second sequence")
+
+
+def _encloses(outer: str, inner: str) -> bool:
+    return outer == "" or inner.startswith(outer + ".")
+
+
+def _second_argument(module: nn.Module, name: str) -> tuple[str, int | None]:
+    """Name and position of the second sequence in the owner's forward."""
+    names = [
+        parameter.name
+        for parameter in inspect.signature(module.forward).parameters.values()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return name, names.index(name) if name in names else None
+
+
+def _new_parameters(name: str, module: nn.Module, config: SLAConfig, head_dim: int) -> SparseLinearAttention:
+    """Zero parameters on the owner's device, in its dtype, trainable where any of its own are.
+
+    The dtype follows the owner's, then and under ``.to()``, because one parameter group of FSDP takes a single dtype;
+    the kernels compute the projection in float32 all the same.
+    """
+    if hasattr(module, CHILD):
+        raise ValueError(f"{name} already has an attribute named {CHILD!r}, which would hold the new parameters")
+    own = [p for p in module.parameters() if p.dtype in _PARAMETER_DTYPES]
+    device = own[0].device if own else None
+    hook = getattr(module, "_hf_hook", None) or next(
+        (child._hf_hook for child in module.modules() if hasattr(child, "_hf_hook")), None
+    )
+    if device is not None and device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+        device = torch.device(hook.execution_device)  # offloaded: the weights are elsewhere, ours are small
+    sla = SparseLinearAttention(config, head_dim, device=device, dtype=own[0].dtype if own else None)
+    sla.requires_grad_(not own or any(p.requires_grad for p in own))
+    return sla.train(module.training)
+
+

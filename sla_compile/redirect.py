@@ -1,0 +1,342 @@
+"""Redirecting an owner's calls of scaled_dot_product_attention to its SparseLinearAttention, by a change of class.
+
+NOTE [Redirect by class]
+The owner keeps its identity, name, parameters and place in the model; only its class becomes a subclass whose forward
+enters a TorchFunctionMode, as FSDP2's ``fully_shard`` changes classes in place. Dynamo traces the mode away, so eager,
+compiled and exported models compute the same, and one compiled artefact serves all blocks of a class, each with its
+own parameters. There is one subclass per class, because a class per instance would be a graph per block.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sla_compile.module import SparseLinearAttention
+from sla_compile.passes.eligibility import why_dense
+
+CHILD = "sla"  # the name under which an owner holds its SparseLinearAttention
+_NATIVE_BACKEND = "native"
+
+
+@dataclass
+class Redirection:
+    """How the calls of one owner are treated; what they were is noted when the model runs eagerly.
+
+    Args:
+        name: the owner's path in the model.
+        second: name and position of the forward argument that makes a call cross-attention, or None.
+        nested: another redirected owner encloses this one.
+        multi_head: the owner is an nn.MultiheadAttention.
+        dense_reason: the owner is only shielded from an enclosing one; its calls stay dense.
+        seen: query shape, number of keys, reason for staying dense (or None) of the last eager call.
+    """
+
+    name: str
+    second: tuple[str, int | None] | None = None
+    nested: bool = False
+    multi_head: bool = False
+    dense_reason: str | None = None
+    seen: tuple[tuple[int, ...], int, str | None] | None = None
+
+
+class _AttentionMode(TorchFunctionMode):
+    """Sends scaled_dot_product_attention to the owner's parameters; everything else passes."""
+
+    def __init__(self, sla: SparseLinearAttention | None, redirection: Redirection, cross: bool) -> None:
+        super().__init__()
+        self.sla = sla
+        self.redirection = redirection
+        self.cross = cross
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.calls += 1
+            return self.attention(*args, **kwargs)
+        if func is F.multi_head_attention_forward and self.redirection.multi_head:
+            self.calls += 1
+            return multi_head_attention(self, *args, **kwargs)
+        return _pass(func, args, kwargs)
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        sla = self.sla
+        if sla is None:
+            reason = self.redirection.dense_reason
+        elif sla.dense:
+            reason = "inside sla_compile.dense"
+        elif self.cross:
+            reason = "cross-attention: a second sequence was passed"
+        else:
+            reason = why_dense(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, sla.config)
+        if not torch.compiler.is_compiling():
+            self.redirection.seen = (tuple(query.shape), key.shape[-2], reason)
+        if reason is None:
+            return sla(query, key, value, attn_mask, scale, enable_gqa)
+        # Under a redirected ancestor the function would be caught again by the ancestor's mode; the operator is not.
+        dense = torch.ops.aten.scaled_dot_product_attention if self.redirection.nested else F.scaled_dot_product_attention
+        return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+class _NoRedirect(TorchFunctionMode):
+    """Does nothing. Entered once around a compiled model: see NOTE [Checkpoints need a mode outside]."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return _pass(func, args, kwargs or {})
+
+
+def _pass(func: Any, args: tuple, kwargs: dict) -> Any:
+    if func is torch.Tensor.unflatten:  # Dynamo cannot trace the method, which calls super(), under a mode
+        return torch.unflatten(*args, **kwargs)
+    return func(*args, **kwargs)
+
+
+def multi_head_attention(
+    mode: _AttentionMode,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """F.multi_head_attention_forward over (L, B, E) tensors.
+
+    It is one opaque function to a mode and hides its attention: written out here where it is plain self-attention.
+    """
+    plain = (
+        query is key
+        and key is value
+        and query.dim() == 3
+        and in_proj_weight is not None
+        and bias_k is None
+        and bias_v is None
+        and not add_zero_attn
+        and not need_weights
+        and attn_mask is None
+        and not options.get("is_causal", False)
+    )
+    if not plain or mode.sla is None:
+        return F.multi_head_attention_forward(
+            query, key, value, embed_dim, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn,
+            dropout_p, out_proj_weight, out_proj_bias, training, key_padding_mask, need_weights, attn_mask, **options,
+        )  # fmt: skip
+    length, batch, _ = query.shape
+    packed = F.linear(query, in_proj_weight, in_proj_bias).view(length, batch, 3, num_heads, embed_dim // num_heads)
+    heads = packed.permute(2, 1, 3, 0, 4)
+    mask = None
+    if key_padding_mask is not None:  # True means ignored there
+        mask = key_padding_mask if key_padding_mask.is_floating_point() else ~key_padding_mask
+        mask = mask[:, None, None, :]
+    output = mode.attention(heads[0], heads[1], heads[2], mask, dropout_p if training else 0.0)
+    return F.linear(output.permute(2, 0, 1, 3).reshape(length, batch, embed_dim), out_proj_weight, out_proj_bias), None
+
+
+def run_redirected(owner: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls `forward` with the owner's attention redirected."""
+    sla = owner._modules.get(CHILD)
+    redirection = owner._sla_redirection
+    if sla is not None:
+        _check_context_parallel(owner, redirection, sla)
+    with _AttentionMode(sla, redirection, _second_given(redirection.second, args, kwargs)) as mode:
+        output = forward(*args, **kwargs)
+    if mode.calls == 0:
+        _warn_unseen(redirection)
+    return output
+
+
+def _second_given(second: tuple[str, int | None] | None, args: tuple, kwargs: dict) -> bool:
+    if second is None:
+        return False
+    name, position = second
+    given = kwargs.get(name)
+    if given is None and position is not None and len(args) > position:
+        given = args[position]
+    if given is None:
+        return False
+    first = args[0] if args else next(iter(kwargs.values()))
+    return given is not first
+
+
+@torch.compiler.assume_constant_result
+def _warn_unseen(redirection: Redirection) -> None:
+    """Runs while Dynamo traces, too. It names the site, which then becomes a guard, so only where something is wrong."""
+    if redirection.dense_reason is None:
+        warnings.warn(
+            f"sla_compile: {redirection.name or 'the model'} ran without calling scaled_dot_product_attention, so it "
+            "computed dense attention or none (another attention backend, a cached result, or a checkpoint inside its "
+            "own forward); use the native attention backend there, or exclude it from accelerate",
+            stacklevel=2,
+        )
+
+
+def _check_context_parallel(owner: nn.Module, redirection: Redirection, sla: SparseLinearAttention) -> None:
+    parallel = getattr(getattr(owner, "processor", None), "_parallel_config", None)
+    if parallel is None:
+        return
+    context = getattr(parallel, "context_parallel_config", parallel)
+    if (getattr(context, "ring_degree", 1) or 1) > 1:
+        raise NotImplementedError(
+            f"{redirection.name}: ring attention splits the keys of one query over devices, and block routing needs "
+            "all of them; use Ulysses context parallelism (ring_degree=1), or sla_compile.restore(model)"
+        )
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in sla.parameters()):
+        raise NotImplementedError(
+            f"{redirection.name}: under Ulysses context parallelism the projection would get no gradient; run under "
+            "torch.no_grad(), freeze sla_compile.parameters(model), or train without context parallelism"
+        )
+
+
+@functools.cache
+def redirected_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` whose forward redirects attention."""
+    base_forward = base.forward
+
+    @functools.wraps(base_forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run_redirected(self, types.MethodType(base_forward, self), *args, **kwargs)
+
+    return _subclass(base, forward, redirected_class)
+
+
+@functools.cache
+def root_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` for the accelerated model itself.
+
+    NOTE [Checkpoints need a mode outside]
+    Dynamo refuses a mode that is first entered inside a compiled activation checkpoint, as an unsafe side effect; one
+    that stands outside already makes it none. So a mode that does nothing surrounds the model while it is traced.
+    """
+    base_forward = base.forward
+
+    @functools.wraps(base_forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            with _NoRedirect():
+                return base_forward(self, *args, **kwargs)
+        return base_forward(self, *args, **kwargs)
+
+    return _subclass(base, forward, root_class)
+
+
+def _subclass(base: type[nn.Module], forward: Any, factory: Any) -> type[nn.Module]:
+    """A subclass that passes for its base: same names (save_pretrained writes them), picklable by rebuilding."""
+
+    def reduce_ex(self: nn.Module, protocol: int) -> Any:
+        function, args, *rest = super(cls, self).__reduce_ex__(max(protocol, 2))
+        if args and args[0] is cls:  # an ordinary instance: made by cls.__new__, then given its state
+            return (_new_instance, (factory, base), *rest)
+        return (function, args, *rest)
+
+    cls = type(base)(
+        base.__name__,
+        (base,),
+        {
+            "forward": forward,
+            "__reduce_ex__": reduce_ex,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "_sla_base": base,
+        },
+    )
+    return cls
+
+
+def _new_instance(factory: Any, base: type[nn.Module]) -> nn.Module:
+    cls = factory(base)
+    return cls.__new__(cls)
+
+
+def attach(owner: nn.Module, redirection: Redirection, sla: SparseLinearAttention | None) -> None:
+    """Redirects the owner's attention to `sla`, or with None shields it from a redirected ancestor."""
+    base = type(owner)
+    owner._sla_redirection = redirection
+    if sla is not None:
+        owner.add_module(CHILD, sla)
+    owner.__class__ = redirected_class(base)
+    _follow_instance_forward(owner, base.forward)
+    processor = getattr(owner, "processor", None)
+    backend = getattr(processor, "_attention_backend", None)
+    if sla is not None and backend is not None and getattr(backend, "value", backend) != _NATIVE_BACKEND:
+        owner._sla_backend = backend
+        processor._attention_backend = _NATIVE_BACKEND
+
+
+def attach_root(model: nn.Module) -> None:
+    """Makes the model the root of an acceleration, unless it is redirected itself."""
+    base = type(model)
+    if not is_changed(model):
+        model.__class__ = root_class(base)
+        _follow_instance_forward(model, base.forward, wrap=False)
+
+
+def detach(module: nn.Module) -> None:
+    """Undoes :func:`attach` or :func:`attach_root`."""
+    cls = type(module)
+    module.__class__ = cls._sla_base
+    state = module.__dict__
+    for name, value in list(state.items()):
+        if isinstance(value, types.MethodType) and value.__func__ is cls.forward and value.__self__ is module:
+            state[name] = types.MethodType(cls._sla_base.forward, module)
+    if "_sla_forward" in state:
+        state["forward"] = state.pop("_sla_forward")
+    if "_sla_backend" in state:
+        module.processor._attention_backend = state.pop("_sla_backend")
+    state.pop("_sla_redirection", None)
+    module._modules.pop(CHILD, None)
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether the module's class is one of ours."""
+    return "_sla_base" in type(module).__dict__ or any("_sla_base" in c.__dict__ for c in type(module).__mro__)
+
+
+def _follow_instance_forward(module: nn.Module, base_forward: Any, wrap: bool = True) -> None:
+    """Reaches behind a forward in the instance's dict (hooks of accelerate, caches), which would bypass the class.
+
+    Such a forward usually keeps the class's own as a bound method beside it: that one is bound anew, so that the
+    redirect survives the hook's removal. Where there is none, the instance's forward itself is wrapped.
+    """
+    state = module.__dict__
+    if "forward" not in state:
+        return
+    rebound = False
+    for name, value in list(state.items()):
+        if isinstance(value, types.MethodType) and value.__func__ is base_forward and value.__self__ is module:
+            state[name] = types.MethodType(type(module).forward, module)
+            rebound = True
+    if not rebound and wrap:
+        state["_sla_forward"] = state["forward"]
+        state["forward"] = functools.partial(run_redirected, module, state["forward"])
