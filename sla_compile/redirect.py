@@ -51,20 +51,20 @@ class Redirection:
 class _AttentionMode(TorchFunctionMode):
     """Sends scaled_dot_product_attention to the owner's parameters; everything else passes."""
 
-    def __init__(self, sla: SparseLinearAttention | None, redirection: Redirection, cross: bool) -> None:
+    def __init__(self, sla: SparseLinearAttention | None, redirection: Redirection, cross: bool, calls: list) -> None:
         super().__init__()
         self.sla = sla
         self.redirection = redirection
         self.cross = cross
-        self.calls = 0
+        self.calls = calls
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.calls += 1
+            self.calls.append(func)
             return self.attention(*args, **kwargs)
         if func is F.multi_head_attention_forward and self.redirection.multi_head:
-            self.calls += 1
+            self.calls.append(func)
             return multi_head_attention(self, *args, **kwargs)
         return _pass(func, args, kwargs)
 
@@ -88,7 +88,7 @@ class _AttentionMode(TorchFunctionMode):
             reason = "cross-attention: a second sequence was passed"
         else:
             reason = why_dense(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, sla.config)
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or sla is not None and sla.dense):
             self.redirection.seen = (tuple(query.shape), key.shape[-2], reason)
         if reason is None:
             return sla(query, key, value, attn_mask, scale, enable_gqa)
@@ -169,9 +169,10 @@ def run_redirected(owner: nn.Module, forward: Any, *args: Any, **kwargs: Any) ->
     redirection = owner._sla_redirection
     if sla is not None:
         _check_context_parallel(owner, redirection, sla)
-    with _AttentionMode(sla, redirection, _second_given(redirection.second, args, kwargs)) as mode:
+    calls: list[Any] = []  # not an attribute of the mode: Dynamo does not follow writes to that
+    with _AttentionMode(sla, redirection, _second_given(redirection.second, args, kwargs), calls):
         output = forward(*args, **kwargs)
-    if mode.calls == 0:
+    if not calls:
         _warn_unseen(redirection)
     return output
 
@@ -225,7 +226,7 @@ def redirected_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(base_forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return run_redirected(self, types.MethodType(base_forward, self), *args, **kwargs)
+        return run_redirected(self, functools.partial(base_forward, self), *args, **kwargs)
 
     return _subclass(base, forward, redirected_class)
 
