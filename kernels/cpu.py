@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sla_compile.kernels.cpu_blocks import Workspace, blocks_of
-from sla_compile.kernels.cpu_linear import LinearKeys
+from sla_compile.kernels.cpu_blocks import blocks_of, row_groups, thread_workspace
+from sla_compile.kernels.cpu_linear import LinearHead
 from sla_compile.kernels.cpu_sparse import sparse_backward, sparse_forward
 from sla_compile.kernels.spec import Spec, num_blocks
 
@@ -36,31 +36,33 @@ def forward(
     """
     batch, heads, length, dim = query.shape
     dtype = _compute_dtype(query)
-    workspace = Workspace(dtype)
     output = query.new_empty(batch, length, heads, dim).transpose(1, 2)
     logsumexp = query.new_empty(batch, heads, length, dtype=dtype)
     weight, offset = _parameter(proj_weight, dtype), _parameter(proj_bias, dtype)
     group = heads // key.shape[1]
-    for entry in range(batch):
-        bias, key_weight = _key_bias(key_bias, entry, length, spec.block_k, dtype)
-        for kv_head in range(key.shape[1]):
-            keys = blocks_of(key[entry, kv_head], spec.block_k, dtype, contiguous=True)
-            values = blocks_of(value[entry, kv_head], spec.block_k, dtype, contiguous=True)
-            linear = None
-            if spec.linear != "none":
-                linear = LinearKeys(keys, values, key_weight, length, weight, spec, workspace)
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                queries = blocks_of(query[entry, head], spec.block_q, dtype)
-                block_rows = block_map[entry, head]
-                added = None
-                if linear is not None:
-                    added = linear.forward(queries, linear.select(block_rows == 0), offset)
-                target, statistics = _targets(output[entry, head], logsumexp[entry, head], spec.block_q)
-                sparse_forward(
-                    queries, keys, values, bias, block_rows == 1, spec.scale, added, target, statistics, workspace
-                )
-                _store(output[entry, head], target)
-                _store(logsumexp[entry, head, :, None], statistics)
+    with thread_workspace(dtype) as workspace:
+        for entry in range(batch):
+            bias, key_weight = _key_bias(key_bias, entry, length, spec.block_k, dtype)
+            for kv_head in range(key.shape[1]):
+                keys = blocks_of(key[entry, kv_head], spec.block_k, dtype, contiguous=True)
+                values = blocks_of(value[entry, kv_head], spec.block_k, dtype, contiguous=True)
+                linear = None
+                if spec.linear != "none":
+                    linear = LinearHead(keys, values, key_weight, length, weight, spec, workspace)
+                for head in range(kv_head * group, (kv_head + 1) * group):
+                    queries = blocks_of(query[entry, head], spec.block_q, dtype)
+                    critical = block_map[entry, head] == 1
+                    target, statistics = _targets(output[entry, head], logsumexp[entry, head], spec.block_q)
+                    if linear is not None:
+                        linear.start(block_map[entry, head] == 0)
+                    for rows in row_groups(queries.shape[0]):
+                        added = None if linear is None else linear.forward(queries[rows], rows, offset)
+                        sparse_forward(
+                            queries[rows], keys, values, bias, critical[rows], spec.scale, added,
+                            target[rows], statistics[rows], workspace,
+                        )  # fmt: skip
+                    _store(output[entry, head], target)
+                    _store(logsumexp[entry, head, :, None], statistics)
     return output, logsumexp
 
 
@@ -85,47 +87,54 @@ def backward(
     """
     batch, heads, length, dim = query.shape
     dtype = _compute_dtype(query)
-    workspace = Workspace(dtype)
     grads = tuple(t.new_empty(batch, length, t.shape[1], dim).transpose(1, 2) for t in (query, key, value))
     weight, offset = _parameter(proj_weight, dtype), _parameter(proj_bias, dtype)
     grad_weight = None if weight is None else torch.zeros_like(weight)
     grad_offset = None if offset is None else torch.zeros_like(offset)
     group = heads // key.shape[1]
-    for entry in range(batch):
-        bias, key_weight = _key_bias(key_bias, entry, length, spec.block_k, dtype)
-        for kv_head in range(key.shape[1]):
-            keys = blocks_of(key[entry, kv_head], spec.block_k, dtype, contiguous=True)
-            values = blocks_of(value[entry, kv_head], spec.block_k, dtype, contiguous=True)
-            grad_keys = workspace("head_grad_keys", *keys.shape).zero_()
-            grad_values = workspace("head_grad_values", *keys.shape).zero_()
-            linear = None
-            if spec.linear != "none":
-                linear = LinearKeys(keys, values, key_weight, length, weight, spec, workspace)
-                linear.start_backward()
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                queries = blocks_of(query[entry, head], spec.block_q, dtype)
-                grad = blocks_of(grad_output[entry, head], spec.block_q, dtype)
-                result = blocks_of(output[entry, head], spec.block_q, dtype)
-                block_rows = block_map[entry, head]
-                delta = (grad * result).sum(-1, keepdim=True)
-                if linear is None:
-                    grad_queries = workspace("query_grads", *queries.shape).zero_()
-                else:
-                    grad_queries, linear_delta = linear.query_backward(grad, queries, linear.select(block_rows == 0))
-                    delta -= linear_delta
-                if offset is not None:
-                    delta -= grad @ offset[:, None]
-                    grad_offset += grad.sum((0, 1))
-                statistics = blocks_of(logsumexp[entry, head, :, None], spec.block_q, dtype)
-                sparse_backward(
-                    grad, queries, keys, values, bias, block_rows == 1, spec.scale, statistics, delta,
-                    grad_queries, grad_keys, grad_values, workspace,
-                )  # fmt: skip
-                _store(grads[0][entry, head], grad_queries)
-            if linear is not None:
-                linear.key_backward(grad_keys, grad_values, grad_weight)
-            _store(grads[1][entry, kv_head], grad_keys)
-            _store(grads[2][entry, kv_head], grad_values)
+    with thread_workspace(dtype) as workspace:
+        for entry in range(batch):
+            bias, key_weight = _key_bias(key_bias, entry, length, spec.block_k, dtype)
+            for kv_head in range(key.shape[1]):
+                keys = blocks_of(key[entry, kv_head], spec.block_k, dtype, contiguous=True)
+                values = blocks_of(value[entry, kv_head], spec.block_k, dtype, contiguous=True)
+                grad_keys = workspace("grad_keys", *keys.shape).zero_()
+                grad_values = workspace("grad_values", *keys.shape).zero_()
+                linear = None
+                if spec.linear != "none":
+                    linear = LinearHead(keys, values, key_weight, length, weight, spec, workspace)
+                for head in range(kv_head * group, (kv_head + 1) * group):
+                    queries = blocks_of(query[entry, head], spec.block_q, dtype)
+                    result = blocks_of(output[entry, head], spec.block_q, dtype)
+                    grad = blocks_of(grad_output[entry, head], spec.block_q, dtype)
+                    statistics = blocks_of(logsumexp[entry, head, :, None], spec.block_q, dtype)
+                    critical = block_map[entry, head] == 1
+                    target = _target(grads[0][entry, head], spec.block_q)
+                    if linear is not None:
+                        linear.start(block_map[entry, head] == 0)
+                        linear.start_backward()
+                    for rows in row_groups(queries.shape[0]):
+                        part = grad[rows]
+                        products = torch.mul(part, result[rows], out=workspace("products", *part.shape))
+                        delta = products.sum(-1, keepdim=True)
+                        if linear is None:
+                            grad_queries = workspace("query_grads", *part.shape).zero_()
+                        else:
+                            grad_queries, linear_delta = linear.query_backward(part, queries[rows], rows)
+                            delta -= linear_delta
+                        if offset is not None:
+                            delta -= part @ offset[:, None]
+                            grad_offset += part.sum((0, 1))
+                        sparse_backward(
+                            part, queries[rows], keys, values, bias, critical[rows], spec.scale, statistics[rows],
+                            delta, grad_queries, grad_keys, grad_values, workspace,
+                        )  # fmt: skip
+                        target[rows] = grad_queries
+                    _store(grads[0][entry, head], target)
+                    if linear is not None:
+                        linear.key_backward(grad_keys, grad_values, grad_weight)
+                _store(grads[1][entry, kv_head], grad_keys)
+                _store(grads[2][entry, kv_head], grad_values)
     return (
         *grads,
         None if grad_weight is None else grad_weight.to(proj_weight.dtype),
@@ -154,12 +163,17 @@ def _key_bias(
 
 
 def _targets(output: Tensor, logsumexp: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Where a head's output (T_m, b_q, D) and log-sum-exp (T_m, b_q, 1) are written: in place, or padded."""
-    length, dim = output.shape
+    """Where a head's output (T_m, b_q, D) and log-sum-exp (T_m, b_q, 1) are written."""
+    return _target(output, block), _target(logsumexp[:, None], block)
+
+
+def _target(tokens: Tensor, block: int) -> Tensor:
+    """Blocks (T, b, D) to write the tokens (L, D) to: in place, or padded, for `_store` to copy."""
+    length, dim = tokens.shape
     blocks = num_blocks(length, block)
     if length == blocks * block:
-        return output.unflatten(0, (blocks, block)), logsumexp.view(blocks, block, 1)
-    return output.new_empty(blocks, block, dim), logsumexp.new_empty(blocks, block, 1)
+        return tokens.unflatten(0, (blocks, block))
+    return tokens.new_empty(blocks, block, dim)
 
 
 def _store(tokens: Tensor, blocks: Tensor) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,13 +12,19 @@ from torch import Tensor
 from sla_compile.kernels.spec import num_blocks
 
 # NOTE [Chunks]
-# Elements of the largest operand of a chunk. Gathered keys, gathered values and scores of a chunk then stay in a core's
-# L2 cache of 1 to 2 MB, and the few microseconds that a call of torch costs are small beside its arithmetic.
+# Elements of the gathered keys, and then values, of a chunk of query blocks. With the scores they stay in a core's L2
+# cache of 1 to 2 MB, and the few microseconds that a call of torch costs are small beside its arithmetic. Query blocks
+# go through both branches in groups of GROUP_ROWS, so that what one branch adds to the other is still in the cache.
 CHUNK_ELEMENTS = 3 * 2**16
 CHUNK_TOKENS = 512
+GROUP_ROWS = 16
 
-# Rows of a head, as whatever indexes them cheapest, and the critical key blocks of each, (rows, count).
-RowChunk = tuple["slice | Tensor", Tensor]
+# NOTE [Kept buffers]
+# Memory fresh from the operating system costs a page fault per 4 KB, 5 % of a call at 8192 tokens: a thread keeps this
+# much of its buffers from call to call.
+KEPT_BYTES = 2**25
+
+_THREAD = threading.local()
 
 
 class Workspace:
@@ -36,6 +44,26 @@ class Workspace:
             buffer = self._buffers[name] = torch.empty(elements, dtype=self.dtype)
         return buffer[:elements].view(shape)
 
+    def trim(self, limit: int) -> None:
+        """Drops the largest buffers until the rest takes at most `limit` bytes."""
+        kept = 0
+        for name, buffer in sorted(self._buffers.items(), key=lambda item: item[1].numel()):
+            kept += buffer.nbytes
+            if kept > limit:
+                del self._buffers[name]
+
+
+@contextmanager
+def thread_workspace(dtype: torch.dtype) -> Iterator[Workspace]:
+    """The calling thread's workspace, or a new one where that is in use."""
+    spaces = _THREAD.__dict__.setdefault("spaces", {})
+    workspace = spaces.pop(dtype, None) or Workspace(dtype)
+    try:
+        yield workspace
+    finally:
+        workspace.trim(KEPT_BYTES)
+        spaces[dtype] = workspace
+
 
 def blocks_of(tokens: Tensor, block: int, dtype: torch.dtype, *, contiguous: bool = False) -> Tensor:
     """(L, D) of any strides as (T, block, D) in `dtype`: a view where the kernels can read it as it is, else a copy
@@ -51,18 +79,25 @@ def blocks_of(tokens: Tensor, block: int, dtype: torch.dtype, *, contiguous: boo
     return padded.view(blocks, block, dim)
 
 
-def row_chunks(critical: Tensor, elements: int) -> Iterator[RowChunk]:
-    """Chunks of query blocks that have equally many critical key blocks, none of them empty.
+def row_groups(rows: int) -> Iterator[slice]:
+    """Consecutive query blocks that are worked on together."""
+    for start in range(0, rows, GROUP_ROWS):
+        yield slice(start, min(start + GROUP_ROWS, rows))
+
+
+def row_chunks(critical: Tensor, elements: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Query blocks that have equally many critical key blocks, and these, (rows, count); those with none are left out.
 
     Args:
-        critical: boolean (T_m, T_n) of a head.
+        critical: boolean (rows, T_n).
         elements: of the gathered keys of one critical block.
     """
     counts = critical.sum(1)
-    for count in counts.unique().tolist():
+    distinct = counts.unique().tolist()
+    for count in distinct:
         if count == 0:
             continue
-        rows = None if bool((counts == count).all()) else (counts == count).nonzero()[:, 0]
+        rows = None if len(distinct) == 1 else (counts == count).nonzero()[:, 0]
         columns = (critical if rows is None else critical[rows]).nonzero()[:, 1].view(-1, count)
         step = max(1, CHUNK_ELEMENTS // (count * elements))
         for start in range(0, columns.shape[0], step):

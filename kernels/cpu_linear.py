@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from sla_compile.kernels.cpu_blocks import CHUNK_TOKENS, Workspace
 from sla_compile.kernels.spec import MIN_DENOMINATOR, Spec
 
-# Elements of the block sums that are summed at a time: 4 MB of float32, so that every row finds them in a nearby cache.
-SUMMED_ELEMENTS = 2**20
+# Reading a listed block costs as much as multiplying that many by zero or one (measured, float32, D = 128).
+LISTED_COST = 16
+# Rows of one matrix product: fewer read the block sums too often, more leave the cache.
+PRODUCT_ROWS = 64
 
 
 def feature(tokens: Tensor, feature_map: str, out: Tensor) -> Tensor:
@@ -29,7 +31,7 @@ def feature(tokens: Tensor, feature_map: str, out: Tensor) -> Tensor:
 
 
 def feature_backward(grad: Tensor, features: Tensor, feature_map: str) -> Tensor:
-    """The gradient of the tokens from that of phi, in place; for softmax up to ``-phi * rowsum(grad * phi)``."""
+    """The gradient of the tokens from that of phi, in place; for softmax once rowsum(grad * phi) was subtracted."""
     if feature_map == "softmax":
         return grad.mul_(features)
     if feature_map == "relu":
@@ -37,27 +39,62 @@ def feature_backward(grad: Tensor, features: Tensor, feature_map: str) -> Tensor
     return grad.mul_(features.clamp(max=1))  # elu(x) + 1 is its own derivative exp(x) up to 1, and 1 from there
 
 
-class Selection:
-    """``[M == 0] @ x`` and its transpose, for (T, n) matrices x, one row of sums for each row of the map."""
+class BlockSums:
+    """``selected @ blocks``, rows at a time and in ascending order, in the way that is shorter.
 
-    def __init__(self, marginal: Tensor, dtype: torch.dtype) -> None:
-        self.weights = marginal.to(dtype)
+    Where few blocks are selected they are summed; where few are not, these are subtracted from the total, which keeps
+    at least half of it; else it is a matrix product.
 
-    def sums(self, blocks: Tensor, *, transposed: bool = False) -> Tensor:
-        """(T_m, n) sums over the marginal blocks of (T_n, n), or the other way round when transposed."""
-        return torch.mm(self.weights.t() if transposed else self.weights, blocks)
+    Args:
+        selected: boolean (rows, n).
+        blocks: (n + 1, elements), the last row free: it takes the total.
+    """
+
+    def __init__(self, selected: Tensor, blocks: Tensor, name: str, workspace: Workspace) -> None:
+        self.blocks, self.name, self.workspace = blocks, name, workspace
+        count = int(selected.sum())
+        rest = selected.numel() - count
+        self.lists = min(count, rest) * LISTED_COST < selected.numel()
+        if not self.lists:
+            self.weights, self.stop = selected.to(blocks.dtype), 0
+            return
+        if rest < count:
+            torch.sum(blocks[:-1], 0, out=blocks[-1])
+            listed = torch.cat([~selected, selected.new_ones(selected.shape[0], 1)], 1)
+        else:
+            listed = selected
+        self.indices = listed.nonzero()[:, 1]
+        self.offsets = torch.cat([self.indices.new_zeros(1), listed.sum(1).cumsum(0)]).tolist()
+        self.starts = torch.tensor(self.offsets)
+        self.signs = (self.indices == selected.shape[1]).to(blocks.dtype).mul_(2).sub_(1) if rest < count else None
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """(stop - start, elements)."""
+        if self.lists:
+            first, last = self.offsets[start], self.offsets[stop]
+            return F.embedding_bag(
+                self.indices[first:last],
+                self.blocks,
+                self.starts[start:stop] - first,
+                mode="sum",
+                per_sample_weights=None if self.signs is None else self.signs[first:last],
+            )
+        if stop > self.stop:
+            self.start, self.stop = start, min(start + PRODUCT_ROWS, self.weights.shape[0])
+            self.sums = self.workspace(self.name, self.stop - start, self.blocks.shape[1])
+            torch.mm(self.weights[start : self.stop], self.blocks[:-1], out=self.sums)
+        return self.sums[start - self.start : stop - self.start]
 
 
-def feature_step(blocks: int, dim: int) -> int:
-    """How many features to sum at a time: all, or the largest of D/2, D/4, ... whose block sums are small enough."""
-    step = dim
-    while step % 2 == 0 and step > 32 and blocks * step * dim > SUMMED_ELEMENTS:
-        step //= 2
-    return step
+class LinearHead:
+    """The linear branch of one key head: block sums h = phi(K)^T V', z = sum phi(K), and the gradients through them.
 
-
-class LinearKeys:
-    """Block sums h = phi(K)^T V', z = sum phi(K) of one key head, and later the gradients through them."""
+    Args:
+        keys, values: (T_n, b_k, D), zero past the end.
+        weight: (T_n, b_k, 1), the weight of each key, or None.
+        length: true number of tokens.
+        proj_weight: (D, D).
+    """
 
     def __init__(
         self,
@@ -69,25 +106,25 @@ class LinearKeys:
         spec: Spec,
         workspace: Workspace,
     ) -> None:
-        """keys, values: (T_n, b_k, D); weight: (T_n, b_k, 1), of each key, or None; proj_weight: (D, D)."""
         self.keys, self.values, self.weight, self.length = keys, values, weight, length
         self.proj_weight, self.spec, self.workspace = proj_weight, spec, workspace
-        count, _, dim = keys.shape
-        self.step = dim if spec.linear == "all" else feature_step(count, dim)
-        self.sums_kv = workspace("sums_kv", dim // self.step, count, self.step, dim)
-        self.sums_k = workspace("sums_k", count, dim)
-        for start, stop in self._chunks():
+        count, block, dim = keys.shape
+        self.everything = spec.linear == "all"
+        self.key_step = max(1, CHUNK_TOKENS // block)
+        self.block_kv = workspace("block_kv", 1 if self.everything else count + 1, dim, dim)
+        self.block_k = workspace("block_k", count, dim)
+        for start in range(0, count, self.key_step):
+            stop = min(start + self.key_step, count)
             features, _ = self._features(start, stop)
             projected = self._projected(start, stop)
-            torch.sum(features, 1, out=self.sums_k[start:stop])
-            for index, part in enumerate(features.split(self.step, -1)):
-                torch.bmm(part.transpose(1, 2), projected, out=self.sums_kv[index, start:stop])
-        self.total_kv = self.sums_kv.sum(1, keepdim=True) if spec.linear == "all" else None
-
-    def _chunks(self) -> list[tuple[int, int]]:
-        count, block, _ = self.keys.shape
-        step = max(1, CHUNK_TOKENS // block)
-        return [(start, min(start + step, count)) for start in range(0, count, step)]
+            torch.sum(features, 1, out=self.block_k[start:stop])
+            if self.everything:
+                tokens = features.flatten(0, 1)
+                torch.addmm(
+                    self.block_kv[0], tokens.t(), projected.flatten(0, 1), beta=float(start > 0), out=self.block_kv[0]
+                )
+            else:
+                torch.bmm(features.transpose(1, 2), projected, out=self.block_kv[start:stop])
 
     def _features(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """phi(K) times the weight of each key, and without it."""
@@ -106,97 +143,99 @@ class LinearKeys:
         torch.mm(values.flatten(0, 1), self.proj_weight.t(), out=projected.flatten(0, 1))
         return projected
 
-    def select(self, marginal: Tensor) -> Selection | None:
-        """The sums that the query blocks of a head take; None for scope "all", where there is one for all."""
-        return None if self.spec.linear == "all" else Selection(marginal, self.keys.dtype)
+    def start(self, marginal: Tensor) -> None:
+        """Takes up a query head with the boolean map (T_m, T_n) of its marginal blocks."""
+        self.marginal = marginal
+        rows = marginal.shape[0]
+        if self.everything:
+            self.row_k = self.block_k.sum(0).expand(rows, -1)[..., None]
+        else:
+            self.row_k = torch.mm(marginal.to(self.block_k.dtype), self.block_k)[..., None]
+            self.row_kv = BlockSums(marginal, self.block_kv.flatten(1), "row_kv", self.workspace)
 
-    def query_sums(self, selection: Selection | None, index: int, rows: int) -> Tensor:
-        """H' of each query block, the index-th share of its features: (rows, step, D)."""
-        if selection is None:
-            return self.total_kv[index].expand(rows, -1, -1)
-        return selection.sums(self.sums_kv[index].flatten(1)).view(rows, self.step, -1)
+    def _sums(self, rows: slice) -> Tensor:
+        """H' of some query blocks: (rows, D, D)."""
+        if self.everything:
+            return self.block_kv.expand(rows.stop - rows.start, -1, -1)
+        return self.row_kv(rows.start, rows.stop).unflatten(1, self.block_kv.shape[1:])
 
-    def query_weights(self, selection: Selection | None, rows: int) -> Tensor:
-        """Z of each query block: (rows, D, 1)."""
-        sums = self.sums_k.sum(0, keepdim=True).expand(rows, -1) if selection is None else selection.sums(self.sums_k)
-        return sums.unsqueeze(-1)
+    def _query_features(self, queries: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """phi(Q), and 1 / (phi(Q) Z + epsilon), zero where the branch is undefined."""
+        features = feature(queries, self.spec.feature_map, self.workspace("query_features", *queries.shape))
+        denominator = torch.bmm(features, self.row_k[rows]).add_(self.spec.epsilon)
+        return features, torch.where(denominator > MIN_DENOMINATOR, 1 / denominator, 0)
 
-    def forward(self, queries: Tensor, selection: Selection | None, proj_bias: Tensor | None) -> Tensor:
-        """O_l W^T + b of one query head: (T_m, b_q, D)."""
-        rows, block_q, dim = queries.shape
-        features, _, inverse = self.query_features(queries, selection)
+    def forward(self, queries: Tensor, rows: slice, proj_bias: Tensor | None) -> Tensor:
+        """O_l W^T + b of the query blocks `rows`, whose queries (rows, b_q, D) these are."""
+        features, inverse = self._query_features(queries, rows)
         features.mul_(inverse)
-        output = self.workspace("linear", rows, block_q, dim)
-        for index, part in enumerate(features.split(self.step, -1)):
-            sums = self.query_sums(selection, index, rows)
-            if index:
-                output.baddbmm_(part, sums)
-            elif proj_bias is None:
-                torch.bmm(part, sums, out=output)
-            else:
-                torch.baddbmm(proj_bias, part, sums, out=output)
-        return output
+        output = self.workspace("linear", *queries.shape)
+        if proj_bias is None:
+            return torch.bmm(features, self._sums(rows), out=output)
+        return torch.baddbmm(proj_bias, features, self._sums(rows), out=output)
 
-    def query_features(self, queries: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
-        """phi(Q), Z (rows, D, 1) and 1 / (phi(Q) Z + epsilon), zero where the branch is undefined."""
-        rows, block_q, dim = queries.shape
-        features = feature(queries, self.spec.feature_map, self.workspace("query_features", rows, block_q, dim))
-        weights = self.query_weights(selection, rows)
-        denominator = torch.bmm(features, weights).add_(self.spec.epsilon)
-        return features, weights, torch.where(denominator > MIN_DENOMINATOR, 1 / denominator, 0)
+    def start_backward(self) -> None:
+        """Makes room for the gradients that the query blocks of a head hand to the key blocks."""
+        rows, dim = self.marginal.shape[0], self.keys.shape[2]
+        self.grad_row_kv = self.workspace("grad_row_kv", 1 if self.everything else rows + 1, dim, dim)
+        self.grad_row_k = self.workspace("grad_row_k", rows, dim)
 
-    def query_backward(self, grads: Tensor, queries: Tensor, selection: Selection | None) -> tuple[Tensor, Tensor]:
-        """Gradient of one head's queries, and ``delta_l`` (rows, b_q, 1); adds to the gradients of h and z.
+    def query_backward(self, grads: Tensor, queries: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Gradient of some query blocks' queries (rows, b_q, D), and their delta_l (rows, b_q, 1).
 
         Args:
-            grads: dO, (rows, b_q, D).
+            grads: dO of those rows.
         """
-        rows, block_q, dim = queries.shape
-        features, weights, inverse = self.query_features(queries, selection)
-        result = self.workspace("query_grads", rows, block_q, dim)
-        for index, part in enumerate(result.split(self.step, -1)):
-            part.copy_(torch.bmm(grads, self.query_sums(selection, index, rows).transpose(1, 2)))
-        delta = (features * result).sum(-1, keepdim=True).mul_(inverse)
-        result.addcmul_(delta, weights.transpose(1, 2), value=-1).mul_(inverse)
+        features, inverse = self._query_features(queries, rows)
+        result = torch.bmm(grads, self._sums(rows).transpose(1, 2), out=self.workspace("query_grads", *queries.shape))
+        delta = torch.mul(features, result, out=self.workspace("products", *queries.shape)).sum(-1, keepdim=True)
+        delta.mul_(inverse)
+        result.addcmul_(delta, self.row_k[rows].transpose(1, 2), value=-1).mul_(inverse)
         if self.spec.feature_map == "softmax" and self.spec.epsilon:  # rowsum(phi * dphi), zero without an epsilon
             result.sub_(delta * inverse, alpha=self.spec.epsilon)
         feature_backward(result, features, self.spec.feature_map)
 
         features.mul_(inverse)
-        for index, part in enumerate(features.split(self.step, -1)):
-            self.grad_kv[index] += self._key_sums(selection, torch.bmm(part.transpose(1, 2), grads).flatten(1)).view(
-                -1, self.step, dim
+        if self.everything:
+            torch.addmm(
+                self.grad_row_kv[0],
+                features.flatten(0, 1).t(),
+                grads.flatten(0, 1),
+                beta=float(rows.start > 0),
+                out=self.grad_row_kv[0],
             )
-        self.grad_k -= self._key_sums(selection, torch.bmm(features.transpose(1, 2), delta)[..., 0])
+        else:
+            torch.bmm(features.transpose(1, 2), grads, out=self.grad_row_kv[rows])
+        torch.bmm(features.transpose(1, 2), delta, out=self.grad_row_k[rows, :, None])
         return result, delta
 
-    def _key_sums(self, selection: Selection | None, blocks: Tensor) -> Tensor:
-        return blocks.sum(0, keepdim=True) if selection is None else selection.sums(blocks, transposed=True)
-
-    def start_backward(self) -> None:
-        """Zeroes the gradients of h and z that the query heads of this key head add to."""
-        count, dim = self.sums_k.shape
-        count = 1 if self.spec.linear == "all" else count
-        self.grad_kv = self.workspace("grad_kv", dim // self.step, count, self.step, dim).zero_()
-        self.grad_k = self.workspace("grad_k", count, dim).zero_()
-
     def key_backward(self, grad_keys: Tensor, grad_values: Tensor, grad_proj_weight: Tensor) -> None:
-        """Adds to the gradients of keys and values (T_n, b_k, D) and of the projection (D, D)."""
-        for start, stop in self._chunks():
+        """Adds what the query head gives to the gradients of keys and values (T_n, b_k, D) and of the projection."""
+        count = self.keys.shape[0]
+        columns = self.marginal.t()
+        if self.everything:
+            grad_block_k = self.grad_row_k.sum(0).expand(count, -1)
+        else:
+            grad_block_k = torch.mm(columns.to(self.grad_row_k.dtype), self.grad_row_k)
+            grad_block_kv = BlockSums(columns, self.grad_row_kv.flatten(1), "row_kv", self.workspace)
+        for start in range(0, count, self.key_step):
+            stop = min(start + self.key_step, count)
             weighted, features = self._features(start, stop)
             projected, values = self._projected(start, stop), self.values[start:stop]
-            grad_features, grad_projected = torch.empty_like(features), torch.empty_like(features)
-            part_of_kv = self.grad_kv.expand(-1, self.keys.shape[0], -1, -1)[:, start:stop]
-            for index, part in enumerate(weighted.split(self.step, -1)):
-                sums = part_of_kv[index]
-                grad_features.split(self.step, -1)[index].copy_(torch.bmm(projected, sums.transpose(1, 2)))
-                torch.baddbmm(grad_projected, part, sums, beta=float(index > 0), out=grad_projected)
-            grad_features += self.grad_k.expand(self.keys.shape[0], -1)[start:stop, None]
+            if self.everything:
+                grad_kv = self.grad_row_kv.expand(stop - start, -1, -1)
+            else:
+                grad_kv = grad_block_kv(start, stop).unflatten(1, self.grad_row_kv.shape[1:])
+            grad_features = self.workspace("query_grads", *features.shape)
+            torch.bmm(projected, grad_kv.transpose(1, 2), out=grad_features)
+            grad_features -= grad_block_k[start:stop, None]
             if self.weight is not None:
                 grad_features *= self.weight[start:stop]
+            grad_projected = torch.bmm(weighted, grad_kv, out=self.workspace("products", *features.shape))
             if self.spec.feature_map == "softmax":
-                grad_features -= (grad_features * features).sum(-1, keepdim=True)
+                torch.mul(grad_features, features, out=projected)
+                grad_features -= projected.sum(-1, keepdim=True)
             grad_keys[start:stop] += feature_backward(grad_features, features, self.spec.feature_map)
-            flat = grad_projected.flatten(0, 1)
-            grad_values[start:stop].flatten(0, 1).addmm_(flat, self.proj_weight)
-            grad_proj_weight.addmm_(flat.t(), values.flatten(0, 1))
+            tokens = grad_projected.flatten(0, 1)
+            grad_values[start:stop].flatten(0, 1).addmm_(tokens, self.proj_weight)
+            grad_proj_weight.addmm_(tokens.t(), values.flatten(0, 1))

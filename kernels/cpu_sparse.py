@@ -20,23 +20,24 @@ def sparse_forward(
     logsumexp: Tensor,
     workspace: Workspace,
 ) -> None:
-    """``output = softmax(s Q K^T + bias) V + linear`` over the critical blocks of one head (SLA, equation 4).
+    """``output = softmax(s Q K^T + bias) V + linear`` over the critical blocks of some query blocks (SLA, equation 4).
 
     Args:
-        queries: (T_m, b_q, D); keys, values: (T_n, b_k, D), contiguous; bias: (T_n, b_k).
-        critical: boolean (T_m, T_n).
-        linear: (T_m, b_q, D), what the other branch adds, or None.
-        output: (T_m, b_q, D), any strides; logsumexp: (T_m, b_q, 1): written.
+        queries: (rows, b_q, D); keys, values: (T_n, b_k, D), contiguous; bias: (T_n, b_k).
+        critical: boolean (rows, T_n).
+        linear: (rows, b_q, D), contiguous, what the other branch adds, or None.
+        output: (rows, b_q, D), any strides; logsumexp: (rows, b_q, 1): written.
     """
-    rows_total, block_q, dim = queries.shape
+    number, block_q, dim = queries.shape
     block_k = keys.shape[1]
-    maxima = workspace("maxima", rows_total, block_q, 1).fill_(-torch.inf)
-    sums = workspace("sums", rows_total, block_q, 1).zero_()
+    maxima = workspace("maxima", number, block_q, 1).fill_(-torch.inf)
+    sums = workspace("sums", number, block_q, 1).zero_()
     done = 0
     for rows, columns in row_chunks(critical, block_k * dim):
         number, span = columns.shape[0], columns.shape[1] * block_k
         done += number
-        selected = gather(keys, columns, workspace("keys", number, span, dim))
+        # Keys and values share one buffer: the keys are done with when the values come, and the cache holds both.
+        selected = gather(keys, columns, workspace("gathered", number, span, dim))
         scores = workspace("scores", number, block_q, span)
         torch.baddbmm(scores, queries[rows], selected.transpose(1, 2), beta=0, alpha=scale, out=scores)
         if bias is not None:
@@ -46,15 +47,19 @@ def sparse_forward(
             maximum.clamp_(min=torch.finfo(maximum.dtype).min)
         total = scores.sub_(maximum).exp_().sum(-1, keepdim=True)
         maxima[rows], sums[rows] = maximum, total
-        selected = gather(values, columns, workspace("values", number, span, dim))
-        product = torch.bmm(scores, selected, out=workspace("product", number, block_q, dim))
         if bias is not None:
             total.clamp_(min=torch.finfo(total.dtype).tiny)
-        product.div_(total)
-        if linear is not None:
-            product += linear[rows]
-        output[rows] = product.to(output.dtype)
-    if done < rows_total:
+        selected = gather(values, columns, workspace("gathered", number, span, dim))
+        product = torch.bmm(scores, selected, out=workspace("product", number, block_q, dim))
+        if linear is None:
+            result = product.div_(total)
+        elif isinstance(rows, slice) and output.dtype == product.dtype:
+            torch.addcdiv(linear[rows], product, total, out=output[rows])
+            continue
+        else:
+            result = product.div_(total).add_(linear[rows])
+        output[rows] = result.to(output.dtype)
+    if done < queries.shape[0]:
         empty = ~critical.any(1)
         output[empty] = 0 if linear is None else linear[empty].to(output.dtype)
     torch.add(maxima, sums.log_(), out=logsumexp)
@@ -75,31 +80,33 @@ def sparse_backward(
     grad_values: Tensor,
     workspace: Workspace,
 ) -> None:
-    """Adds the sparse branch's gradients of one head (algorithm 2 of SLA) to the three last tensors.
+    """Adds the sparse branch's gradients of some query blocks (algorithm 2 of SLA) to the three last tensors.
 
     Args:
-        grads: dO, (T_m, b_q, D); logsumexp, delta: (T_m, b_q, 1), delta = rowsum(dO * O_s).
-        grad_queries: (T_m, b_q, D); grad_keys, grad_values: (T_n, b_k, D), contiguous: added to.
+        grads: dO, (rows, b_q, D); logsumexp, delta: (rows, b_q, 1), delta = rowsum(dO * O_s).
+        grad_queries: (rows, b_q, D); grad_keys, grad_values: (T_n, b_k, D), contiguous: added to.
     """
     _, block_q, dim = queries.shape
     block_k = keys.shape[1]
     shift = logsumexp.where(logsumexp > -torch.inf, torch.inf)  # exp(s - inf) = 0: an empty row has no weights
     for rows, columns in row_chunks(critical, block_k * dim):
         number, span = columns.shape[0], columns.shape[1] * block_k
-        query, grad = queries[rows], grads[rows]
-        key = gather(keys, columns, workspace("keys", number, span, dim))
-        value = gather(values, columns, workspace("values", number, span, dim))
+        query, grad, listed = queries[rows], grads[rows], columns.reshape(-1)
         weights = workspace("scores", number, block_q, span)
+        grad_scores = workspace("grad_scores", number, block_q, span)
+        gathered = workspace("gathered", number, span, dim)
+        value = gather(values, columns, gathered)
+        torch.bmm(grad, value.transpose(1, 2), out=grad_scores)
+        key = gather(keys, columns, gathered)
         torch.baddbmm(weights, query, key.transpose(1, 2), beta=0, alpha=scale, out=weights)
         if bias is not None:
             weights += bias[columns].view(number, 1, span)
         weights.sub_(shift[rows]).exp_()
-        grad_scores = torch.bmm(grad, value.transpose(1, 2), out=workspace("grad_scores", number, block_q, span))
         grad_scores.sub_(delta[rows]).mul_(weights)
-        grad_queries[rows] += torch.bmm(grad_scores, key, out=workspace("product", number, block_q, dim)).mul_(scale)
-        scattered = workspace("scattered", number, span, dim)
-        listed = columns.reshape(-1)
-        torch.bmm(weights.transpose(1, 2), grad, out=scattered)
-        grad_values.flatten(1).index_add_(0, listed, scattered.view(listed.numel(), -1))
-        torch.baddbmm(scattered, grad_scores.transpose(1, 2), query, beta=0, alpha=scale, out=scattered)
-        grad_keys.flatten(1).index_add_(0, listed, scattered.view(listed.numel(), -1))
+        product = workspace("product", number, block_q, dim)
+        grad_queries[rows] += torch.baddbmm(product, grad_scores, key, beta=0, alpha=scale, out=product)
+        # The gathered keys have served: their buffer takes what is scattered.
+        torch.bmm(weights.transpose(1, 2), grad, out=gathered)
+        grad_values.flatten(1).index_add_(0, listed, gathered.view(listed.numel(), -1))
+        torch.baddbmm(gathered, grad_scores.transpose(1, 2), query, beta=0, alpha=scale, out=gathered)
+        grad_keys.flatten(1).index_add_(0, listed, gathered.view(listed.numel(), -1))

@@ -8,6 +8,7 @@ from torch import Tensor
 from sla_compile.kernels.spec import critical_count, negligible_count, num_blocks
 
 
+@torch.no_grad()
 def route(
     query: Tensor,
     key: Tensor,

@@ -6,6 +6,7 @@ if not os.path.isdir(os.path.join(__path__[0], "kernels")):  # a checkout: kerne
     __path__.append(os.path.dirname(__path__[0]))
 
 from sla_compile.api import accelerate, dense, parameters, report, restore
+from sla_compile.checkpoint import load, save
 from sla_compile.config import SLAConfig
 from sla_compile.functional import route, sparse_linear_attention
 from sla_compile.module import SparseLinearAttention
@@ -17,9 +18,11 @@ __all__ = [
     "SparseLinearAttention",
     "accelerate",
     "dense",
+    "load",
     "parameters",
     "report",
     "restore",
     "route",
+    "save",
     "sparse_linear_attention",
 ]

@@ -1,0 +1,140 @@
+"""The added parameters alone, as a safetensors file that says which attentions and configurations they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from sla_compile.api import accelerate
+from sla_compile.config import SLAConfig
+from sla_compile.module import SparseLinearAttention
+from sla_compile.redirect import CHILD
+
+_KEY = "sla_compile"
+_FORMAT = 1
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes the parameters that :func:`sla_compile.accelerate` added, with each attention's configuration.
+
+    The file appears whole or not at all.
+
+    Raises:
+        ValueError: `model` was not accelerated, or its added parameters are on the meta device.
+    """
+    modules = _owners(model)
+    if not modules:
+        raise ValueError(f"this {type(model).__name__} has no attention accelerated by sla_compile.accelerate")
+    tensors: dict[str, torch.Tensor] = {}
+    for owner, module in modules.items():
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta:
+                raise ValueError(f"{owner}: its parameters are on the meta device and have no values to save")
+            tensors[_join(owner, name)] = parameter.detach().cpu().contiguous()
+    sites = {owner: {"head_dim": m.head_dim, "config": m.config.to_dict()} for owner, m in modules.items()}
+    header = {"format": _FORMAT, "model": type(model).__name__, "sites": sites}
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = Path(folder) / path.name
+        save_file(tensors, written, metadata={_KEY: json.dumps(header, sort_keys=True)})
+        os.replace(written, path)
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Reads what :func:`save` wrote into a model, and returns the model.
+
+    A model that is not accelerated yet is, at just the attentions of the file and with their configurations. One that
+    is must have the same attentions with the same configurations. Parameters keep the model's device and dtype, except
+    that those on the meta device are replaced.
+
+    Raises:
+        ValueError: the file is no such file, or belongs to another model; `model` is then what it was.
+    """
+    header, tensors = _read(path)
+    sites: dict[str, dict[str, Any]] = header["sites"]
+    modules = _owners(model)
+    fresh = not modules
+    if fresh:
+        present = dict(model.named_modules())
+        missing = sorted(set(sites) - set(present))
+        if missing:
+            raise ValueError(_mismatch(path, header, model, f"the model has no {missing[0]} ({len(missing)} missing)"))
+        configs = {name: SLAConfig.from_dict(site["config"]) for name, site in sites.items()}
+        accelerate(model, include=lambda name, _: name in sites, per_site=configs)
+        modules = _owners(model)
+    try:
+        _check_sites(path, header, model, modules, tensors)
+    except ValueError:
+        if fresh:
+            from sla_compile.api import restore
+
+            restore(model)
+        raise
+    for owner, module in modules.items():
+        for name, parameter in list(module.named_parameters()):
+            value = tensors[_join(owner, name)]
+            if parameter.is_meta:
+                setattr(module, name, nn.Parameter(value, parameter.requires_grad))
+            else:
+                with torch.no_grad():
+                    parameter.copy_(value)
+    return model
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{os.fspath(path)} is not a safetensors file: {error}") from error
+    if header is None:
+        raise ValueError(f"{os.fspath(path)} was not written by sla_compile.save")
+    if header["format"] != _FORMAT:
+        raise ValueError(f"{os.fspath(path)} has format {header['format']}; this version reads {_FORMAT}")
+    return header, tensors
+
+
+def _check_sites(path: Any, header: dict, model: nn.Module, modules: dict, tensors: dict) -> None:
+    sites = header["sites"]
+    if set(sites) != set(modules):
+        only_file, only_model = sorted(set(sites) - set(modules)), sorted(set(modules) - set(sites))
+        raise ValueError(
+            _mismatch(path, header, model, f"attentions only in the file: {only_file[:4]}, only in the model: {only_model[:4]}")
+        )
+    for owner, module in modules.items():
+        if sites[owner]["config"] != module.config.to_dict():
+            raise ValueError(
+                _mismatch(path, header, model, f"{owner} has {module.config} but the file {sites[owner]['config']}")
+            )
+        for name, parameter in module.named_parameters():
+            value = tensors.get(_join(owner, name))
+            if value is None or value.shape != parameter.shape:
+                found = "nothing" if value is None else tuple(value.shape)
+                raise ValueError(_mismatch(path, header, model, f"{owner} needs {name} {tuple(parameter.shape)}, found {found}"))
+
+
+def _mismatch(path: Any, header: dict, model: nn.Module, what: str) -> str:
+    return f"{os.fspath(path)} (of a {header['model']}) does not belong to this {type(model).__name__}: {what}"
+
+
+def _owners(model: nn.Module) -> dict[str, SparseLinearAttention]:
+    return {
+        name.removesuffix(CHILD).removesuffix("."): module
+        for name, module in model.named_modules()
+        if isinstance(module, SparseLinearAttention)
+    }
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{CHILD}.{name}" if owner else f"{CHILD}.{name}"
