@@ -12,6 +12,7 @@ from torch import Tensor
 from sla_compile.kernels.backward import key_gradient_kernel, query_gradient_kernel
 from sla_compile.kernels.block_lists import block_lists_kernel
 from sla_compile.kernels.forward import forward_kernel
+from sla_compile.kernels.linear_backward import key_linear_kernel, query_linear_kernel
 from sla_compile.kernels.spec import MIN_DENOMINATOR, Spec, num_blocks
 from sla_compile.kernels.summaries import block_sums_kernel, state_size, summaries_kernel
 from sla_compile.kernels.tuning import MAX_TILE, Plan, plan, target_of
@@ -20,8 +21,6 @@ from sla_compile.kernels.tuning import MAX_TILE, Plan, plan, target_of
 TRANSIENT_BYTES = 1 << 29
 # With linear="all" the states are summed in two steps: this many partial sums of a head, then one.
 PARTIAL_SUMS = 64
-# A smaller scale (zero, say) is replaced by this one: the attention is as uniform, and it can be divided by.
-MIN_SCALE = 2.0**-40
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -133,7 +132,7 @@ class _Call:
         if self.spec.linear != "none":
             states = columns + self.group * rows
             if backward:
-                states += self.group * rows * (self.spec.block_q // self.plan.query_gradient.tile_q)
+                states += self.group * rows * (self.spec.block_q // self.plan.query_linear.tile_q)
         step = max(1, TRANSIENT_BYTES // max(1, 4 * (lists + states * state_size(self.head_dim))))
         for start in range(0, self.units, step):
             yield replace(self, start=start, units=min(step, self.units - start))
@@ -151,8 +150,8 @@ class _Call:
             **_strides("query", self.query), **_strides("key", self.key), **_strides("value", self.value),
             **_strides("output", output), stride_proj_bias=_stride(self.proj_bias, 0),
             epsilon=self.spec.epsilon, head_start=self.start * self.group,
-            MIN_DENOMINATOR=MIN_DENOMINATOR, WIDE=_wide(self.query, self.key, self.value, output),
-            **self.common(), **chosen.arguments,
+            STATE=state_size(self.head_dim), FEATURE_MAP=self.spec.feature_map, MIN_DENOMINATOR=MIN_DENOMINATOR,
+            WIDE=_wide(self.query, self.key, self.value, output), SLICE=chosen.slice, **self.common(), **chosen.tiles,
         )  # fmt: skip
 
     def run_backward(
@@ -165,56 +164,82 @@ class _Call:
         grad_value: Tensor,
     ) -> Tensor | None:
         """Fills this chunk's part of the gradients; returns what sums to the projection's over dimensions 0 and 1."""
-        rows, columns = self.block_map.shape[2:]
         linear = self.spec.linear != "none"
-        for_query, for_key = self.plan.query_gradient, self.plan.key_gradient
-        query_tiles = rows * (self.spec.block_q // for_query.tile_q)
-        key_tiles = columns * (self.spec.block_k // for_key.tile_k)
-        common = dict(**_strides("grad", grad_output), **_strides("query", self.query), **_strides("key", self.key),
-                      **_strides("value", self.value), **self.common())  # fmt: skip
-        wide = _wide(self.query, self.key, self.value, output, grad_output, grad_query, grad_key, grad_value)
-        delta = self.empty(self.units * self.group, self.query.shape[2])
-        sums = self.linear_sums()
-        grad_states = self.empty(self.units * self.group, query_tiles, state_size(self.head_dim)) if linear else None
+        rows, columns = self.block_map.shape[2:]
+        heads, state = self.units * self.group, state_size(self.head_dim)
+        shared = dict(grad_output_ptr=grad_output, query_ptr=self.query,
+                      **_strides("grad", grad_output), **_strides("query", self.query),
+                      WIDE=_wide(self.query, self.key, self.value, output, grad_output, grad_query, grad_key, grad_value),
+                      )  # fmt: skip
+        of_keys = dict(key_ptr=self.key, value_ptr=self.value, grad_key_ptr=grad_key, grad_value_ptr=grad_value,
+                       **_strides("key", self.key), **_strides("value", self.value),
+                       **_strides("gk", grad_key), **_strides("gv", grad_value))  # fmt: skip
+
+        chosen = self.plan.query_linear
+        tiles = rows * (self.spec.block_q // chosen.tile_q)
+        delta = self.empty(heads, self.query.shape[2])
+        grad_states = self.empty(heads, tiles, state) if linear else None
+        launch(
+            query_linear_kernel,
+            heads * tiles,
+            proj_bias_ptr=self.proj_bias, output_ptr=output, sums_ptr=self.linear_sums(), grad_query_ptr=grad_query,
+            grad_states_ptr=grad_states, delta_ptr=delta, **shared, **_strides("output", output),
+            **_strides("gq", grad_query), stride_proj_bias=_stride(self.proj_bias, 0), epsilon=self.spec.epsilon,
+            head_start=self.start * self.group, heads=self.query.shape[1], group=self.group,
+            length=self.query.shape[2], query_blocks=rows, HEAD_DIM=self.head_dim, STATE=state,
+            DIMS=_padded(self.head_dim), BLOCK_Q=self.spec.block_q, TILE_Q=chosen.tile_q, SLICE=chosen.slice,
+            FEATURE_MAP=self.spec.feature_map, LINEAR=self.spec.linear, MIN_DENOMINATOR=MIN_DENOMINATOR,
+            PRECISION=self.plan.precision, **chosen.options,
+        )  # fmt: skip
+
+        grad_weights = None
+        if grad_states is not None:
+            grad_sums = self.linear_grad_sums(grad_states)
+            del grad_states
+            chosen = self.plan.key_linear
+            tiles = columns * (self.spec.block_k // chosen.tile_k)
+            grad_weights = self.empty(self.units, tiles, self.head_dim, self.head_dim)
+            launch(
+                key_linear_kernel,
+                self.units * tiles,
+                weight_ptr=self.proj_weight, key_bias_ptr=self.key_bias, grad_sums_ptr=grad_sums,
+                grad_weights_ptr=grad_weights, **of_keys, **_strides("weight", self.proj_weight, "out", "in"),
+                **_strides("bias", self.key_bias, "batch", "token"), head_start=self.start, heads=self.key.shape[1],
+                length=self.key.shape[2], key_blocks=columns, HEAD_DIM=self.head_dim, STATE=state,
+                DIMS=_padded(self.head_dim), BLOCK_K=self.spec.block_k, TILE_K=chosen.tile_k, SLICE=chosen.slice,
+                FEATURE_MAP=self.spec.feature_map, LINEAR=self.spec.linear, PRECISION=self.plan.precision,
+                WIDE=shared["WIDE"], **chosen.options,
+            )  # fmt: skip
+            del grad_sums
+
+        # What the linear branch wrote is added to by the kernels that follow.
+        chosen = self.plan.query_gradient
         entries, counts = self.lists(columns=False)
         launch(
             query_gradient_kernel,
-            self.units * self.group * query_tiles,
-            grad_output_ptr=grad_output, query_ptr=self.query, key_ptr=self.key, value_ptr=self.value,
-            proj_bias_ptr=self.proj_bias, output_ptr=output, logsumexp_ptr=logsumexp, sums_ptr=sums,
-            entries_ptr=entries, counts_ptr=counts, grad_query_ptr=grad_query, grad_states_ptr=grad_states,
-            delta_ptr=delta, **_strides("output", output), **_strides("gq", grad_query),
-            stride_proj_bias=_stride(self.proj_bias, 0), epsilon=self.spec.epsilon,
-            head_start=self.start * self.group, MIN_DENOMINATOR=MIN_DENOMINATOR, WIDE=wide,
-            **common, **for_query.arguments,
+            heads * rows * (self.spec.block_q // chosen.tile_q),
+            key_ptr=self.key, value_ptr=self.value, logsumexp_ptr=logsumexp, entries_ptr=entries, counts_ptr=counts,
+            grad_query_ptr=grad_query, delta_ptr=delta, **shared, **_strides("key", self.key),
+            **_strides("value", self.value), **_strides("gq", grad_query), head_start=self.start * self.group,
+            **self.common(), **chosen.tiles,
         )  # fmt: skip
-        del sums
-
-        grad_sums = self.linear_grad_sums(grad_states) if linear else None
-        del grad_states
-        grad_weights = self.empty(self.units, key_tiles, self.head_dim, self.head_dim) if linear else None
+        chosen = self.plan.key_gradient
         entries, counts = self.lists(columns=True)
         launch(
             key_gradient_kernel,
-            self.units * key_tiles,
-            grad_output_ptr=grad_output, query_ptr=self.query, key_ptr=self.key, value_ptr=self.value,
-            weight_ptr=self.proj_weight, logsumexp_ptr=logsumexp, delta_ptr=delta, grad_sums_ptr=grad_sums,
-            entries_ptr=entries, counts_ptr=counts, grad_key_ptr=grad_key, grad_value_ptr=grad_value,
-            grad_weights_ptr=grad_weights, **_strides("gk", grad_key), **_strides("gv", grad_value),
-            **_strides("weight", self.proj_weight, "out", "in"), head_start=self.start, WIDE=wide,
-            **common, **for_key.arguments,
+            self.units * columns * (self.spec.block_k // chosen.tile_k),
+            logsumexp_ptr=logsumexp, delta_ptr=delta, entries_ptr=entries, counts_ptr=counts, **shared, **of_keys,
+            head_start=self.start, **self.common(), **chosen.tiles,
         )  # fmt: skip
         return grad_weights
 
     def common(self) -> dict[str, Any]:
-        """Arguments of the forward kernel and of both backward kernels."""
+        """Arguments of the kernels that walk the block lists."""
         return dict(
             key_bias_ptr=self.key_bias, **_strides("bias", self.key_bias, "batch", "token"),
-            scale=self.spec.scale if abs(self.spec.scale) > MIN_SCALE else MIN_SCALE,
-            heads=self.query.shape[1], group=self.group, length=self.query.shape[2],
+            scale=self.spec.scale, heads=self.query.shape[1], group=self.group, length=self.query.shape[2],
             query_blocks=self.block_map.shape[2], key_blocks=self.block_map.shape[3],
-            HEAD_DIM=self.head_dim, STATE=state_size(self.head_dim), DIMS=_padded(self.head_dim),
-            BLOCK_Q=self.spec.block_q, BLOCK_K=self.spec.block_k, FEATURE_MAP=self.spec.feature_map,
+            HEAD_DIM=self.head_dim, DIMS=_padded(self.head_dim), BLOCK_Q=self.spec.block_q, BLOCK_K=self.spec.block_k,
             LINEAR=self.spec.linear, PRECISION=self.plan.precision,
         )  # fmt: skip
 
@@ -272,7 +297,7 @@ class _Call:
         """Gradients to the states of key blocks, (units, T_n, state), or (units, 1, state) for "all"."""
         if self.spec.linear == "all":
             return grad_states.view(self.units, -1, grad_states.shape[2]).sum(1, keepdim=True)
-        parts = self.spec.block_q // self.plan.query_gradient.tile_q
+        parts = self.spec.block_q // self.plan.query_linear.tile_q
         return self.block_sums(grad_states, self.block_map.shape[3], grad_states.shape[1], parts, columns=True)
 
     def block_sums(self, states: Tensor, rows: int, terms: int, terms_per_block: int, *, columns: bool) -> Tensor:

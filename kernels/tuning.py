@@ -32,9 +32,9 @@ class Launch:
     num_stages: int
 
     @property
-    def arguments(self) -> dict[str, int]:
-        """Keyword arguments of a launch of the forward or a backward kernel."""
-        return {"TILE_Q": self.tile_q, "TILE_K": self.tile_k, "SLICE": self.slice, **self.options}
+    def tiles(self) -> dict[str, int]:
+        """Keyword arguments of a kernel that walks the block lists."""
+        return {"TILE_Q": self.tile_q, "TILE_K": self.tile_k, **self.options}
 
     @property
     def options(self) -> dict[str, int]:
@@ -47,6 +47,8 @@ class Plan:
     """How to launch every kernel of a call."""
 
     forward: Launch
+    query_linear: Launch
+    key_linear: Launch
     query_gradient: Launch
     key_gradient: Launch
     summaries: Launch
@@ -89,6 +91,8 @@ def plan(dims: int, itemsize: int, block_q: int, block_k: int, target: Target) -
     precision = "ieee" if itemsize == 4 or (target.backend == "hip" and target.arch != "gfx942") else "tf32"
     return Plan(
         forward=Launch(tile_q, tile_k, slice_, warps, stages),
+        query_linear=Launch(min(tile_q, 64), 0, slice_, 4, 2),
+        key_linear=Launch(0, min(tile_k, 32), slice_, 4, 2),
         query_gradient=Launch(min(tile_q, 64), tile_k, slice_, warps, min(stages, 2)),
         key_gradient=Launch(min(tile_q, 64), tile_k, slice_, warps, min(stages, 2)),
         summaries=Launch(0, min(tile_k, 32), slice_, 4, 2),

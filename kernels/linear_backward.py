@@ -1,0 +1,249 @@
+"""The linear branch's backward: query side (and every row's delta) and key side, apart from the sparse branch.
+
+They are kernels of their own because their products want registers and shared memory that would halve the number of
+programs a multiprocessor holds in the sparse loops.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sla_compile.kernels.tiles import (
+    feature,
+    feature_gradient,
+    feature_statistics,
+    key_weights,
+    load_tile,
+    store_tile,
+)
+
+
+@triton.jit(do_not_specialize=["head_start", "heads", "group", "length", "query_blocks"])
+def query_linear_kernel(
+    grad_output_ptr,
+    query_ptr,
+    proj_bias_ptr,
+    output_ptr,
+    sums_ptr,
+    grad_query_ptr,
+    grad_states_ptr,
+    delta_ptr,
+    stride_grad_batch,
+    stride_grad_head,
+    stride_grad_token,
+    stride_grad_dim,
+    stride_query_batch,
+    stride_query_head,
+    stride_query_token,
+    stride_query_dim,
+    stride_output_batch,
+    stride_output_head,
+    stride_output_token,
+    stride_output_dim,
+    stride_gq_batch,
+    stride_gq_head,
+    stride_gq_token,
+    stride_gq_dim,
+    stride_proj_bias,
+    epsilon,
+    head_start,
+    heads,
+    group,
+    length,
+    query_blocks,
+    HEAD_DIM: tl.constexpr,
+    STATE: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    SLICE: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    LINEAR: tl.constexpr,
+    MIN_DENOMINATOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """delta_s of TILE_Q tokens of one query head, the linear branch's part of their dQ, and dH, dZ.
+
+    With phi = phi(Q), r = 1 / (phi Z) and the projection folded into H (NOTE [State]), per token:
+        G = dO H^T        delta_l = r <G, phi>        dphi = r (G - delta_l Z)
+        dH = (r phi)^T dO        dZ = -(r phi)^T delta_l        delta_s = <dO, O - b> - delta_l
+    which is SLA's algorithm 2 without O_l: <dO W, O_l> = <dO, O_l W^T> = r <dO H^T, phi>.
+    """
+    tiles = query_blocks * (BLOCK_Q // TILE_Q)
+    tile = tl.program_id(0) % tiles
+    local = tl.program_id(0) // tiles
+    first = tile * TILE_Q
+    batch = ((head_start + local) // heads).to(tl.int64)
+    head = ((head_start + local) % heads).to(tl.int64)
+    grad_output_ptr += batch * stride_grad_batch + head * stride_grad_head
+    query_ptr += batch * stride_query_batch + head * stride_query_head
+    output_ptr += batch * stride_output_batch + head * stride_output_head
+    grad_query_ptr += batch * stride_gq_batch + head * stride_gq_head
+    dims = tl.arange(0, DIMS)
+
+    grad_output = load_tile(
+        grad_output_ptr, first, length, stride_grad_token, 0, stride_grad_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
+    ).to(tl.float32)  # (TILE_Q, DIMS)
+    output = load_tile(
+        output_ptr, first, length, stride_output_token, 0, stride_output_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
+    ).to(tl.float32)  # (TILE_Q, DIMS)
+    if proj_bias_ptr is not None:
+        proj_bias = tl.load(proj_bias_ptr + dims * stride_proj_bias, mask=dims < HEAD_DIM, other=0.0)
+        output -= proj_bias.to(tl.float32)[None, :]
+    delta = tl.sum(grad_output * output, 1)
+
+    if LINEAR != "none":
+        if LINEAR == "marginal":
+            sums_ptr += (local.to(tl.int64) * query_blocks + tile // (BLOCK_Q // TILE_Q)) * STATE
+        else:
+            sums_ptr += (local // group).to(tl.int64) * STATE
+        grad_states_ptr += (local.to(tl.int64) * tiles + tile) * STATE
+        products = tl.zeros([TILE_Q, DIMS], tl.float32)  # G
+        for col in range(0, HEAD_DIM, SLICE):
+            h = load_tile(
+                sums_ptr, 0, HEAD_DIM, HEAD_DIM, col, 1, DIMS, SLICE, HEAD_DIM, HEAD_DIM < DIMS, False
+            )  # (DIMS, SLICE)
+            grads = load_tile(
+                grad_output_ptr, first, length, stride_grad_token, col, stride_grad_dim,
+                TILE_Q, SLICE, HEAD_DIM, True, WIDE,
+            ).to(tl.float32)  # (TILE_Q, SLICE)  # fmt: skip
+            products = tl.dot(grads, tl.trans(h), products, input_precision=PRECISION)
+
+        query = load_tile(
+            query_ptr, first, length, stride_query_token, 0, stride_query_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
+        ).to(tl.float32)  # (TILE_Q, DIMS)
+        maximum, normaliser = feature_statistics(query, HEAD_DIM, DIMS, FEATURE_MAP)
+        phi = feature(query, maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP)
+        z = tl.load(sums_ptr + HEAD_DIM * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+        denominator = tl.sum(phi * z[None, :], 1) + tl.cast(epsilon, tl.float32)
+        defined = denominator > MIN_DENOMINATOR
+        inverse = tl.where(defined, 1.0 / tl.where(defined, denominator, 1.0), 0.0)
+        delta_linear = tl.sum(products * phi, 1) * inverse
+        delta -= delta_linear
+        grad_phi = (products - delta_linear[:, None] * z[None, :]) * inverse[:, None]
+        store_tile(
+            grad_query_ptr, feature_gradient(query, phi, grad_phi, FEATURE_MAP), first, length, stride_gq_token, 0,
+            stride_gq_dim, TILE_Q, DIMS, HEAD_DIM, WIDE,
+        )  # fmt: skip
+
+        for col in range(0, HEAD_DIM, SLICE):
+            part = load_tile(
+                query_ptr, first, length, stride_query_token, col, stride_query_dim, TILE_Q, SLICE, HEAD_DIM, True, WIDE
+            ).to(tl.float32)  # (TILE_Q, SLICE)
+            weights = feature(part, maximum, normaliser, col, SLICE, HEAD_DIM, FEATURE_MAP) * inverse[:, None]
+            grad_h = tl.dot(tl.trans(weights), grad_output, input_precision=PRECISION)  # (SLICE, DIMS)
+            store_tile(grad_states_ptr, grad_h, col, HEAD_DIM, HEAD_DIM, 0, 1, SLICE, DIMS, HEAD_DIM, False)
+            grad_z = -tl.sum(weights * delta_linear[:, None], 0)
+            cols = col + tl.arange(0, SLICE)
+            tl.store(grad_states_ptr + HEAD_DIM * HEAD_DIM + cols, grad_z, mask=cols < HEAD_DIM)
+
+    rows = first + tl.arange(0, TILE_Q)
+    tl.store(delta_ptr + local.to(tl.int64) * length + rows, delta, mask=rows < length)
+
+
+@triton.jit(do_not_specialize=["head_start", "heads", "length", "key_blocks"])
+def key_linear_kernel(
+    key_ptr,
+    value_ptr,
+    weight_ptr,
+    key_bias_ptr,
+    grad_sums_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    grad_weights_ptr,
+    stride_key_batch,
+    stride_key_head,
+    stride_key_token,
+    stride_key_dim,
+    stride_value_batch,
+    stride_value_head,
+    stride_value_token,
+    stride_value_dim,
+    stride_gk_batch,
+    stride_gk_head,
+    stride_gk_token,
+    stride_gk_dim,
+    stride_gv_batch,
+    stride_gv_head,
+    stride_gv_token,
+    stride_gv_dim,
+    stride_weight_out,
+    stride_weight_in,
+    stride_bias_batch,
+    stride_bias_token,
+    head_start,
+    heads,
+    length,
+    key_blocks,
+    HEAD_DIM: tl.constexpr,
+    STATE: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    SLICE: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    LINEAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The linear branch's part of dK and dV of TILE_K keys of one key-value head, and their part of dW.
+
+    With phi = diag(w) phi(K) and V' = V W^T, and dH, dZ summed over the query blocks that read these keys:
+        dphi = diag(w) (V' dH^T + 1 dZ^T)        dV' = phi dH        dV = dV' W        dW = dV'^T V
+    """
+    tiles = key_blocks * (BLOCK_K // TILE_K)
+    tile = tl.program_id(0) % tiles
+    local = tl.program_id(0) // tiles
+    start = tile * TILE_K
+    batch = ((head_start + local) // heads).to(tl.int64)
+    head = ((head_start + local) % heads).to(tl.int64)
+    key_ptr += batch * stride_key_batch + head * stride_key_head
+    value_ptr += batch * stride_value_batch + head * stride_value_head
+    grad_key_ptr += batch * stride_gk_batch + head * stride_gk_head
+    grad_value_ptr += batch * stride_gv_batch + head * stride_gv_head
+    if key_bias_ptr is not None:
+        key_bias_ptr += batch * stride_bias_batch
+    if LINEAR == "marginal":
+        grad_sums_ptr += (local.to(tl.int64) * key_blocks + tile // (BLOCK_K // TILE_K)) * STATE
+    else:
+        grad_sums_ptr += local.to(tl.int64) * STATE
+    grad_weights_ptr += (local.to(tl.int64) * tiles + tile) * HEAD_DIM * HEAD_DIM
+
+    key = load_tile(
+        key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
+    ).to(tl.float32)  # (TILE_K, DIMS)
+    value = load_tile(
+        value_ptr, start, length, stride_value_token, 0, stride_value_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
+    ).to(tl.float32)  # (TILE_K, DIMS)
+    weights = key_weights(key_bias_ptr, stride_bias_token, start, length, TILE_K)
+    maximum, normaliser = feature_statistics(key, HEAD_DIM, DIMS, FEATURE_MAP)
+    phi = feature(key, maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP) * weights[:, None]
+    grad_phi = tl.zeros([TILE_K, DIMS], tl.float32)
+    grad_value = tl.zeros([TILE_K, DIMS], tl.float32)
+    for col in range(0, HEAD_DIM, SLICE):
+        weight = load_tile(
+            weight_ptr, col, HEAD_DIM, stride_weight_out, 0, stride_weight_in,
+            SLICE, DIMS, HEAD_DIM, HEAD_DIM % SLICE != 0, False,
+        ).to(tl.float32)  # (SLICE, DIMS)  # fmt: skip
+        grad_h = load_tile(
+            grad_sums_ptr, 0, HEAD_DIM, HEAD_DIM, col, 1, DIMS, SLICE, HEAD_DIM, HEAD_DIM < DIMS, False
+        )  # (DIMS, SLICE)
+        projected = tl.dot(value, tl.trans(weight), input_precision=PRECISION)  # V', (TILE_K, SLICE)
+        grad_phi = tl.dot(projected, tl.trans(grad_h), grad_phi, input_precision=PRECISION)
+        grad_projected = tl.dot(phi, grad_h, input_precision=PRECISION)  # dV', (TILE_K, SLICE)
+        grad_value = tl.dot(grad_projected, weight, grad_value, input_precision=PRECISION)
+        grad_weight = tl.dot(tl.trans(grad_projected), value, input_precision=PRECISION)  # (SLICE, DIMS)
+        store_tile(grad_weights_ptr, grad_weight, col, HEAD_DIM, HEAD_DIM, 0, 1, SLICE, DIMS, HEAD_DIM, False)
+    store_tile(
+        grad_value_ptr, grad_value, start, length, stride_gv_token, 0, stride_gv_dim, TILE_K, DIMS, HEAD_DIM, WIDE
+    )
+    dims = tl.arange(0, DIMS)
+    grad_z = tl.load(grad_sums_ptr + HEAD_DIM * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+    grad_phi = weights[:, None] * (grad_phi + grad_z[None, :])
+    phi = feature(key, maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP)
+    store_tile(
+        grad_key_ptr, feature_gradient(key, phi, grad_phi, FEATURE_MAP), start, length, stride_gk_token, 0,
+        stride_gk_dim, TILE_K, DIMS, HEAD_DIM, WIDE,
+    )  # fmt: skip

@@ -1,0 +1,247 @@
+"""Rewrites the attentions of a captured graph to sparse-linear attention, in place and all or nothing.
+
+    out = F.scaled_dot_product_attention(q, k, v)
+        becomes
+    weight, bias = self.blocks.0.attn1.sla.proj_weight, self.blocks.0.attn1.sla.proj_bias
+    out = torch.ops.sla_compile.sparse_linear_attention.default(q, k, v, weight, bias, None, None, ...)[0]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.graph_module import GraphModule
+
+from sla_compile.config import SLAConfig
+from sla_compile.module import SparseLinearAttention
+from sla_compile.passes.eligibility import why_dense
+from sla_compile.passes.edit import Edits, can_pass_operands
+from sla_compile.passes.find import Match, find_attention
+from sla_compile.passes.nodes import hint, same
+from sla_compile.passes.shapes import propagate
+from sla_compile.passes.sites import Site
+
+Choose = Callable[[str], "SLAConfig | str"]
+META_KEY = "sla_compile"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one match: the configuration it is rewritten with, or the reason why it stays dense."""
+
+    match: Match
+    config: SLAConfig | None
+    reason: str = ""
+
+
+def accelerate_graph(
+    graph_module: GraphModule,
+    choose: Choose,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    allow_no_match: bool = False,
+) -> list[Site]:
+    """Rewrites the attentions of `graph_module` in place and adds their parameters to it.
+
+    Args:
+        graph_module: from Dynamo, symbolic_trace, make_fx or an exported program's ``module()``.
+        choose: from an owner's name to its configuration, or to the reason why it is left dense.
+        example_inputs: what the graph is called with, for graphs that carry no shapes (symbolic_trace): a tuple, or a
+            mapping from input names. The example decides what qualifies; the rewritten graph takes other lengths too.
+        allow_no_match: whether it is fine that nothing qualifies.
+
+    Returns:
+        every attention of the graph, with the reason where it stays dense.
+
+    Raises:
+        ValueError: accelerated before; no shapes; nothing qualifies. The graph is then as it was.
+    """
+    check_fresh(graph_module)
+    decisions = decide(graph_module, choose, example_inputs=example_inputs)
+    sites = [_site(decision) for decision in decisions]
+    check_found(sites, allow_no_match)
+    modules: dict[str, SparseLinearAttention] = {}
+    edits = Edits(ModuleParameters(graph_module, modules))
+    edits.rewrite((d.match, d.config) for d in decisions if d.config is not None)
+    if edits:
+        for path, module in modules.items():
+            graph_module.add_submodule(path, module)
+        edits.commit()
+    graph_module.meta[META_KEY] = {"sites": sites, "caller": _caller()}
+    return sites
+
+
+def decide(
+    graph_module: GraphModule,
+    choose: Choose,
+    *,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    constants: set[str] | None = None,
+    may_guard: bool = False,
+) -> list[Decision]:
+    """What becomes of every attention of the graph; changes nothing.
+
+    Args:
+        constants: see find_attention.
+        may_guard: whether a decision about a symbolic length may install a guard, as in a Dynamo backend, where the
+            guard makes other lengths recompile. Otherwise sizes must be equal as symbols, and `min_seq_len` is compared
+            with the length that was traced.
+    """
+    values = None if example_inputs is None else propagate(graph_module, example_inputs)
+    matches = find_attention(graph_module, values=values, constants=constants)
+    head_dims: dict[str, Any] = {}
+    decisions = []
+    for match in matches:
+        chosen = choose(match.name)
+        config = chosen if isinstance(chosen, SLAConfig) else None
+        reason = chosen if isinstance(chosen, str) else match.refusal or _why_dense(match, chosen, may_guard)
+        if not reason and config is not None and config.has_projection:
+            reason = can_pass_operands(match.scope)
+            dim = head_dims.setdefault(match.name, match.query.shape[-1])
+            if not reason and dim != match.query.shape[-1]:
+                reason = f"its owner's projection is for head dimension {dim}, that of an earlier call"
+        decisions.append(Decision(match, None if reason else config, reason))
+    return decisions
+
+
+def _why_dense(match: Match, config: SLAConfig, may_guard: bool) -> str:
+    reader = match.scope.reader
+    operands = (match.query, match.key, match.value)
+    values = [reader.value(operand.node) for operand in operands]
+    mask_value = None if match.mask is None else reader.value(match.mask.node)
+    if any(not isinstance(value, torch.Tensor) for value in values) or (match.mask is not None and mask_value is None):
+        raise ValueError(
+            f"the graph has no shapes for {match.name}: pass example_inputs to accelerate, or capture the graph with "
+            "torch.export or torch.compile, which note them"
+        )
+    shapes = [operand.shape or tuple(value.shape) for operand, value in zip(operands, values, strict=True)]
+    mask_shape = () if match.mask is None else match.mask.shape
+    sizes = [size for shape in (*shapes, mask_shape) for size in shape]
+    if any(hint(size) is None for size in sizes):
+        return "its shape depends on data"
+    if isinstance(shapes[0][-1], torch.SymInt):
+        return "its head dimension is symbolic"
+    if not may_guard:
+        reason = _equal_by_chance(*shapes, mask_shape)
+        if reason:
+            return reason
+        shapes = [tuple(hint(size) for size in shape) for shape in shapes]
+        mask_shape = tuple(hint(size) for size in mask_shape)
+    query, key, value = (_Described(shape, value) for shape, value in zip(shapes, values, strict=True))
+    mask = None if match.mask is None else _Described(mask_shape, mask_value)
+    described: Any = (query, key, value, mask)
+    return why_dense(*described, match.dropout_p, match.is_causal, match.enable_gqa, config) or ""
+
+
+class _Described:
+    """What why_dense looks at of a tensor: an operand may be a view that no node of the graph holds yet."""
+
+    def __init__(self, shape: tuple, tensor: torch.Tensor) -> None:
+        self.shape, self.dtype, self.device, self.requires_grad = shape, tensor.dtype, tensor.device, tensor.requires_grad
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+
+def _equal_by_chance(query: tuple, key: tuple, value: tuple, mask: tuple) -> str:
+    """Sizes that agree in the example, but whose symbols may differ in another call."""
+    pairs = [(query[-2], key[-2]), *zip(query[:-3], key[:-3], strict=False), *zip(key, value, strict=False)]
+    pairs += [(m, q) for m, q in zip(mask[-1:], query[-2:-1], strict=True)] if mask else []
+    pairs += [(mask[0], query[0])] if len(mask) == len(query) else []
+    for left, right in pairs:
+        if hint(left) == hint(right) and not same(left, right):
+            return f"{left} and {right} are equal in the example alone: capture them as one dynamic size"
+    return ""
+
+
+class ModuleParameters:
+    """Puts an owner's parameters into the graph module, below the owner's own path."""
+
+    def __init__(self, root: GraphModule, modules: dict[str, SparseLinearAttention]) -> None:
+        self.root, self.modules = root, modules
+
+    def module(self, owner: str, config: SLAConfig, head_dim: int, device: torch.device) -> tuple[str, SparseLinearAttention]:
+        """The path and the module of an owner's parameters, made at the first call."""
+        path = f"{owner}.sla"
+        if path not in self.modules:
+            _check_free(self.root, path)
+            self.modules[path] = SparseLinearAttention(config, head_dim, device=device, dtype=torch.float32)
+        return path, self.modules[path]
+
+    def node(self, graph: torch.fx.Graph, path: str, parameter: nn.Parameter) -> torch.fx.Node:
+        """The node that reads a parameter in the root graph, before everything that computes."""
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            return graph.create_node("get_attr", path, name=path.replace(".", "_"))
+
+
+def _check_free(root: nn.Module, path: str) -> None:
+    module: Any = root
+    names = path.split(".")
+    for position, name in enumerate(names):
+        module = getattr(module, name, None)
+        if module is None:
+            return
+        if not isinstance(module, nn.Module) or position == len(names) - 1:
+            raise ValueError(f"the parameters of sparse-linear attention belong at {path}, but the graph has {name} there")
+
+
+def check_fresh(graph_module: GraphModule) -> None:
+    """Raises where the graph was accelerated before."""
+    record = graph_module.meta.get(META_KEY)
+    if record is not None:
+        raise ValueError(f"this graph was accelerated already, in {record['caller']}")
+    if has_op(graph_module):
+        raise ValueError("this graph computes sparse-linear attention already: it was captured or saved after accelerate")
+
+
+def has_op(graph_module: GraphModule) -> bool:
+    """Whether the op is in the graph or in a graph it calls."""
+    op = torch.ops.sla_compile.sparse_linear_attention.default
+    modules = (module for module in graph_module.modules() if isinstance(module, GraphModule))
+    return any(node.target in (op, op.overloadpacket) for module in modules for node in module.graph.nodes)
+
+
+def check_found(sites: list[Site], allow_no_match: bool) -> None:
+    """Raises where nothing is rewritten, unless that is allowed."""
+    if allow_no_match or any(site.rewritten for site in sites):
+        return
+    if not sites:
+        raise ValueError("the graph has no attention that the pass knows; pass allow_no_match=True if that is fine")
+    rows = "\n".join(f"  {site.name}: {site.reason} {site.shape}".rstrip() for site in sites)
+    raise ValueError(f"no attention of the graph qualifies; pass allow_no_match=True if that is fine\n{rows}")
+
+
+def sites(graph_module: GraphModule) -> list[Site]:
+    """The report of an accelerated graph, empty for others."""
+    return list(graph_module.meta.get(META_KEY, {}).get("sites", ()))
+
+
+def _site(decision: Decision) -> Site:
+    match = decision.match
+    query, key = match.query.shape, match.key.shape
+    return Site(
+        name=match.name,
+        rewritten=decision.config is not None,
+        reason=decision.reason,
+        shape=f"({', '.join(map(str, query))})" if query else "",
+        keys=str(key[-2]) if len(key) > 1 else "",
+        head_dim=query[-1] if query and isinstance(query[-1], int) else None,
+        kind=match.kind,
+        config=decision.config.fingerprint() if decision.config else "",
+        calls=match.scope.total_calls,
+    )
+
+
+def _caller() -> str:
+    """Where the user's code called into this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("sla_compile"):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

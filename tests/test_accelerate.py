@@ -1,0 +1,472 @@
+"""accelerate on modules: what is found, what is attached, and that everything a model could do it can still do."""
+
+import copy
+import functools
+import io
+import pickle
+
+import pytest
+import torch
+from models import SelfAttention, TinyDiT, build, make_inputs
+from torch import nn
+from torch.nn import functional as F
+
+import sla_compile
+from sla_compile import SLAConfig
+
+CONFIG = SLAConfig(sparsity=0.8, min_seq_len=64)
+ATTENTIONS = ["blocks.0.attn", "blocks.1.attn"]
+
+
+def accelerated(seed=0, trained=True, config=CONFIG, **options):
+    """An accelerated TinyDiT; `trained` gives its projections values, so that they matter."""
+    model = sla_compile.accelerate(build(seed, **options), config=config)
+    if trained:
+        for parameter in sla_compile.parameters(model):
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def fingerprint(model):
+    """Everything about a module tree that accelerate could change: classes, attributes, tensors' bits."""
+    return [
+        (name, type(module), sorted(module.__dict__), list(module._modules), module.training)
+        for name, module in model.named_modules()
+    ], {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    after = fingerprint(model)
+    assert after[0] == before[0]
+    assert after[1].keys() == before[1].keys()
+    assert all(torch.equal(after[1][name], tensor) for name, tensor in before[1].items())
+
+
+def names(report):
+    return [site.name for site in report.rewritten]
+
+
+@pytest.mark.parametrize("examples", [None, make_inputs(), dict(zip(("x", "context"), make_inputs(), strict=True))])
+def test_finds_self_attention_and_leaves_cross_attention(examples):
+    model = build()
+    before = set(model.state_dict())
+    assert sla_compile.accelerate(model, config=CONFIG, example_inputs=examples) is model
+    report = sla_compile.report(model)
+    assert names(report) == ATTENTIONS
+    assert [site.name for site in report.dense] == ["blocks.0.text", "blocks.1.text"]
+    assert all("cross-attention" in site.reason for site in report.dense)
+    added = set(model.state_dict()) - before
+    assert added == {f"{name}.sla.proj_{kind}" for name in ATTENTIONS for kind in ("weight", "bias")}
+    assert type(model).__name__ == "TinyDiT" and isinstance(model, TinyDiT)
+    assert isinstance(model.blocks[0].attn, SelfAttention)
+
+
+def test_output_is_the_functional_form():
+    attention = sla_compile.accelerate(SelfAttention().eval(), config=CONFIG)
+    weight, bias = sla_compile.parameters(attention)
+    nn.init.normal_(weight)
+    nn.init.normal_(bias)
+    x, _ = make_inputs()
+    query, key, value = attention.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+    expected = sla_compile.sparse_linear_attention(query, key, value, config=CONFIG, proj_weight=weight, proj_bias=bias)
+    torch.testing.assert_close(attention(x), attention.proj(expected.transpose(1, 2).flatten(2)), rtol=0, atol=0)
+
+
+def test_short_sequences_stay_exactly_dense():
+    model, inputs = build(), make_inputs(60)
+    expected = model(*inputs)
+    sla_compile.accelerate(model, config=CONFIG)
+    assert torch.equal(model(*inputs), expected)
+    report = sla_compile.report(model)
+    assert not report.rewritten and "min_seq_len=64" in report.rows[0].reason
+
+
+def test_all_critical_equals_dense():
+    inputs = make_inputs()
+    expected = build()(*inputs)
+    model = sla_compile.accelerate(build(), config=CONFIG.replace(critical_blocks=1000))
+    torch.testing.assert_close(model(*inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_report_shows_shapes_after_a_run():
+    model = accelerated()
+    assert sla_compile.report(model).rows[0].shape == ""
+    model(*make_inputs())
+    row = sla_compile.report(model).rows[0]
+    assert (row.shape, row.keys, row.head_dim) == ("(1, 2, 200, 16)", "200", 16)
+    assert "blocks.0.attn" in str(sla_compile.report(model)) and '"blocks.0.attn"' in sla_compile.report(model).to_json()
+
+
+def test_masks():
+    attention, (x, _) = SelfAttention().eval(), make_inputs(batch=2)
+    padding = torch.ones(2, 1, 1, 200, dtype=torch.bool)
+    padding[1, ..., 150:] = False
+    square = torch.ones(200, 200, dtype=torch.bool).tril()
+    expected = attention(x, padding), attention(x, square)
+    sla_compile.accelerate(attention, config=CONFIG.replace(critical_blocks=100))
+    torch.testing.assert_close(attention(x, padding), expected[0], rtol=1e-5, atol=1e-5)
+    assert sla_compile.report(attention).rewritten
+    assert torch.equal(attention(x, square), expected[1])
+    assert "key-padding" in sla_compile.report(attention).rows[0].reason
+
+
+def test_include_exclude_and_per_site():
+    other = CONFIG.replace(sparsity=0.5)
+    cases = [
+        (dict(include="blocks.0.*"), ["blocks.0.attn"]),
+        (dict(include=["*.attn"]), ATTENTIONS),
+        (dict(include=lambda name, module: isinstance(module, SelfAttention) and "1" in name), ["blocks.1.attn"]),
+        (dict(exclude="blocks.0.*"), ["blocks.1.attn"]),
+        (dict(per_site={"blocks.0.attn": other}), ATTENTIONS),
+        (dict(per_site={"blocks.0.attn": None}), ["blocks.1.attn"]),
+    ]
+    for arguments, expected in cases:
+        model = sla_compile.accelerate(build(), config=CONFIG, **arguments)
+        assert names(sla_compile.report(model)) == expected, arguments
+        assert len(sla_compile.parameters(model)) == 2 * len(expected)
+    model = sla_compile.accelerate(build(), config=CONFIG, per_site={"blocks.0.attn": other})
+    assert [model.blocks[i].attn.sla.config for i in (0, 1)] == [other, CONFIG]
+
+
+def test_linear_none_adds_nothing():
+    model = build()
+    before = set(model.state_dict())
+    sla_compile.accelerate(model, config=CONFIG.replace(linear="none"))
+    assert set(model.state_dict()) == before and sla_compile.parameters(model) == []
+    assert not torch.equal(model(*make_inputs()), build()(*make_inputs()))
+
+
+def test_restore_gives_back_exactly_what_came():
+    model, inputs = build(), make_inputs()
+    before, expected = fingerprint(model), model(*inputs)
+    sla_compile.accelerate(model, config=CONFIG)
+    assert not torch.equal(model(*inputs), expected)
+    assert sla_compile.restore(model) is model
+    assert_unchanged(model, before)
+    assert torch.equal(model(*inputs), expected)
+    sla_compile.accelerate(model, config=CONFIG)  # and again
+
+
+def test_dense_context_is_exact_and_ends():
+    inputs = make_inputs()
+    expected, model = build()(*inputs), accelerated()
+    sparse = model(*inputs)
+    with pytest.raises(KeyError), sla_compile.dense(model):
+        assert torch.equal(model(*inputs), expected)
+        raise KeyError
+    assert torch.equal(model(*inputs), sparse)
+
+
+def test_copies_and_pickles_stay_accelerated():
+    model, inputs = accelerated(), make_inputs()
+    expected = model(*inputs)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (
+        copy.deepcopy(model),
+        copy.copy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert type(other) is type(model) and torch.equal(other(*inputs), expected)
+        assert names(sla_compile.report(other)) == ATTENTIONS
+    other = copy.deepcopy(model)
+    sla_compile.restore(other)
+    assert torch.equal(model(*inputs), expected) and sla_compile.parameters(other) == []
+
+
+def test_state_dict_round_trip_and_strictness():
+    model, inputs = accelerated(), make_inputs()
+    other = sla_compile.accelerate(build(seed=1), config=CONFIG)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(*inputs), model(*inputs))
+    with pytest.raises(RuntimeError, match="sla.proj_weight"):
+        build().load_state_dict(model.state_dict())
+
+
+def test_dtype_and_freezing_follow_the_owner():
+    model = sla_compile.accelerate(build().to(torch.bfloat16), config=CONFIG)
+    assert {p.dtype for p in sla_compile.parameters(model)} == {torch.bfloat16}
+    assert model(*(t.bfloat16() for t in make_inputs())).dtype == torch.bfloat16
+    assert {p.dtype for p in sla_compile.parameters(model.to(torch.float32))} == {torch.float32}
+    frozen = sla_compile.accelerate(build().requires_grad_(False), config=CONFIG)
+    assert not frozen(*make_inputs()).requires_grad
+    for parameter in sla_compile.parameters(frozen):
+        parameter.requires_grad_(True)
+    frozen(*make_inputs()).sum().backward()
+    assert all(p.grad is not None for p in sla_compile.parameters(frozen))
+
+
+def test_meta_model_is_filled_by_loading_or_to_empty():
+    expected, inputs = accelerated(), make_inputs()
+    with torch.device("meta"):
+        model = sla_compile.accelerate(TinyDiT().eval(), config=CONFIG)
+        again = sla_compile.accelerate(TinyDiT().eval(), config=CONFIG, example_inputs=make_inputs())
+    assert names(sla_compile.report(again)) == ATTENTIONS
+    assert all(p.is_meta for p in model.parameters())
+    model.load_state_dict(expected.state_dict(), assign=True)
+    assert torch.equal(model(*inputs), expected(*inputs))
+    again.to_empty(device="cpu").load_state_dict(expected.state_dict())
+    assert torch.equal(again(*inputs), expected(*inputs))
+
+
+def test_training_reaches_every_parameter():
+    model = accelerated(trained=False).train()
+    optimizer = torch.optim.SGD(sla_compile.parameters(model), lr=1.0)
+    target = build()(*make_inputs()).detach()
+    losses = []
+    for _ in range(8):
+        loss = F.mse_loss(model(*make_inputs()), target)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad.abs().sum() > 0 for p in sla_compile.parameters(model))
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_checkpointing_gives_the_same_gradients():
+    plain, checkpointed = accelerated(), accelerated(checkpointing=True)
+    checkpointed.load_state_dict(plain.state_dict())
+    for model in (plain, checkpointed):
+        model.train()(*make_inputs()).square().sum().backward()
+    for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_hooks_fire_once_a_call():
+    model, seen = build(), []
+    model.blocks[0].attn.register_forward_hook(lambda *_: seen.append("before"))
+    sla_compile.accelerate(model, config=CONFIG)
+    model.blocks[0].attn.register_forward_pre_hook(lambda *_: seen.append("after"))
+    model(*make_inputs())
+    assert seen == ["after", "before"]
+
+
+def hook_forward(module, *args, **kwargs):
+    return module._old_forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_instance_forward_that_keeps_the_class_one(when):
+    """accelerate's hooks: a partial in the instance's dict over the bound original."""
+    expected = accelerated(trained=False)(*make_inputs())
+    model = build()
+    if when == "after":
+        sla_compile.accelerate(model, config=CONFIG)
+    attention = model.blocks[0].attn
+    attention._old_forward = attention.forward
+    attention.forward = functools.update_wrapper(functools.partial(hook_forward, attention), attention._old_forward)
+    if when == "before":
+        sla_compile.accelerate(model, config=CONFIG)
+    assert torch.equal(model(*make_inputs()), expected)
+    attention.forward = attention._old_forward  # the hook is removed
+    assert torch.equal(model(*make_inputs()), expected)
+
+
+def test_an_instance_forward_that_hides_the_class_one():
+    expected, dense = accelerated(trained=False)(*make_inputs()), build()(*make_inputs())
+    model = build()
+    attention = model.blocks[0].attn
+    original = attention.forward
+    attention.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    before = fingerprint(model)
+    sla_compile.accelerate(model, config=CONFIG)
+    assert torch.equal(model(*make_inputs()), expected)
+    sla_compile.restore(model)
+    assert_unchanged(model, before)
+    assert torch.equal(model(*make_inputs()), dense)
+
+
+def test_a_second_sequence_stays_dense_even_of_equal_length():
+    model = Undeclared().eval()
+    x, context = make_inputs()
+    expected = model(x=x, context=context), model(x=x, context=None)
+    sla_compile.accelerate(model, config=CONFIG, include="layer")
+    assert torch.equal(model(x=x, context=context), expected[0])
+    assert "second sequence" in sla_compile.report(model).rows[0].reason
+    assert not torch.equal(model(x=x, context=None), expected[1])
+    assert sla_compile.report(model).rewritten
+
+
+def test_attention_in_the_root_with_other_owners_below():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = build().blocks[0].text
+            self.num_heads = 2
+            self.qkv = nn.Linear(32, 96)
+
+        def forward(self, x, context):
+            x = x + self.block(x, context)
+            query, key, value = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    model = Root().eval()
+    inputs = make_inputs()
+    with torch.no_grad():
+        block = model.block(*inputs)
+    sla_compile.accelerate(model, config=CONFIG, example_inputs=inputs)
+    assert names(sla_compile.report(model)) == [""]
+    noted = []
+    handle = model.block.register_forward_hook(lambda module, args, output: noted.append(output))
+    output = model(*inputs)
+    handle.remove()
+    assert torch.equal(noted[0], block), "the cross-attention below must not be caught by the root's redirect"
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(*inputs)
+    torch.testing.assert_close(compiled, output.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("padding", [None, "bool", "float"])
+def test_multi_head_attention_module(padding):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+
+        def forward(self, x, mask=None):
+            return self.attention(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    model, (x, _) = Model().eval(), make_inputs(batch=2)
+    mask = None
+    if padding is not None:
+        mask = torch.zeros(2, 200, dtype=torch.bool)
+        mask[1, 150:] = True
+        mask = mask if padding == "bool" else torch.zeros(2, 200).masked_fill(mask, -torch.inf)
+    with torch.no_grad():
+        expected = model(x, mask)
+        sla_compile.accelerate(model, config=CONFIG.replace(critical_blocks=100), example_inputs=(x, mask))
+        torch.testing.assert_close(model(x, mask), expected, rtol=1e-5, atol=1e-5)
+        sla_compile.restore(model)
+        sla_compile.accelerate(model, config=CONFIG)
+        sparse = model(x, mask)
+        assert not torch.allclose(sparse, expected, rtol=1e-3, atol=1e-3)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(x, mask)
+        torch.testing.assert_close(compiled, sparse, rtol=0, atol=0)
+
+
+def test_an_owner_that_computes_otherwise_is_named():
+    class Cached(SelfAttention):
+        def forward(self, x, mask=None):
+            return x
+
+    model = sla_compile.accelerate(nn.ModuleDict({"first": Cached()}), config=CONFIG)
+    with pytest.warns(UserWarning, match="first ran without calling scaled_dot_product_attention"):
+        model["first"](make_inputs()[0])
+    with pytest.warns(UserWarning, match="first ran without calling"):
+        torch.compile(model["first"], backend="eager", fullgraph=True)(make_inputs()[0])
+
+
+def test_save_and_load(tmp_path):
+    model, inputs = accelerated(), make_inputs()
+    path = tmp_path / "sla.safetensors"
+    sla_compile.save(model, path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    for other in (build(), sla_compile.accelerate(build(), config=CONFIG)):
+        assert sla_compile.load(other, path) is other
+        assert torch.equal(other(*inputs), model(*inputs))
+    with torch.device("meta"):
+        other = sla_compile.accelerate(TinyDiT(), config=CONFIG)
+    sla_compile.load(other, path)
+    assert not any(p.is_meta for p in sla_compile.parameters(other))
+
+
+def test_load_refuses_what_does_not_belong(tmp_path):
+    path = tmp_path / "sla.safetensors"
+    sla_compile.save(accelerated(), path)
+    junk = tmp_path / "junk.safetensors"
+    junk.write_bytes(b"no")
+    cases = [
+        (build(depth=1), path, "the model has no blocks.1.attn"),
+        (build(dim=64), path, "needs proj_weight \\(32, 32\\), found \\(16, 16\\)"),
+        (sla_compile.accelerate(build(), config=CONFIG.replace(sparsity=0.9)), path, "but the file"),
+        (sla_compile.accelerate(build(depth=3), config=CONFIG), path, "only in the model"),
+        (build(), junk, "not a safetensors file"),
+    ]
+    for model, file, message in cases:
+        before = fingerprint(model)
+        with pytest.raises(ValueError, match=message):
+            sla_compile.load(model, file)
+        assert_unchanged(model, before)
+    with pytest.raises(FileNotFoundError):
+        sla_compile.load(build(), tmp_path / "absent")
+
+
+class Undeclared(nn.Module):
+    """Takes a second sequence and nobody tells whether it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = build().blocks[0].text
+
+    def forward(self, **kwargs):
+        return getattr(self, "layer")(kwargs["x"], kwargs["context"])  # noqa: B009: hidden from a reader of the source
+
+
+BAD = {
+    "no attention": (lambda: nn.Sequential(nn.Linear(4, 4)), {}, ValueError, "none was found by structure"),
+    "all short": (build, dict(config=SLAConfig(), example_inputs=make_inputs()), ValueError, "min_seq_len=4096"),
+    "include": (build, dict(include="transformer.*"), ValueError, "matches no attention; found: blocks.0.attn"),
+    "exclude": (build, dict(exclude=["*.attn", "x"]), ValueError, "exclude pattern 'x' matches no attention"),
+    "per_site": (build, dict(per_site={"nope": None}), ValueError, "per_site pattern 'nope'"),
+    "per_site value": (build, dict(per_site={"*": 0.9}), TypeError, "SLAConfig or None"),
+    "config": (build, dict(config=0.95), TypeError, "must be an SLAConfig"),
+    "sparsity": (build, dict(sparsity=1.5), ValueError, "sparsity must be in"),
+    "undecided": (Undeclared, {}, ValueError, "layer: its forward takes context"),
+    "model type": (lambda: F.softmax, {}, TypeError, 'backend="sla"'),
+    "examples type": (build, dict(example_inputs=3), TypeError, "example_inputs must be"),
+    "examples wrong": (build, dict(example_inputs=(torch.zeros(1, 200, 7),)), ValueError, "does not run with these"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_calls_name_the_remedy_and_change_nothing(case):
+    make, arguments, error, message = BAD[case]
+    model = make()
+    before = fingerprint(model) if isinstance(model, nn.Module) else None
+    with pytest.raises(error, match=message):
+        sla_compile.accelerate(model, **({"config": CONFIG} | arguments))
+    if before:
+        assert_unchanged(model, before)
+
+
+def test_twice_is_an_error_that_names_the_first_call():
+    model = sla_compile.accelerate(build(), config=CONFIG)
+    before = fingerprint(model)
+    with pytest.raises(RuntimeError, match="accelerated already, by accelerate\\(TinyDiT, sparsity=0.8\\) at .*test_acc"):
+        sla_compile.accelerate(model, config=CONFIG)
+    with pytest.raises(RuntimeError, match="its submodule inner is accelerated already"):
+        sla_compile.accelerate(nn.ModuleDict({"inner": model}), config=CONFIG)
+    assert_unchanged(model, before)
+
+
+def test_wrappers_come_after():
+    with pytest.raises(RuntimeError, match="before torch.compile"):
+        sla_compile.accelerate(torch.compile(build()), config=CONFIG)
+    with pytest.raises(RuntimeError, match="inside DataParallel"):
+        sla_compile.accelerate(nn.DataParallel(build()), config=CONFIG)
+
+
+def test_a_taken_name_is_refused():
+    model = build()
+    model.blocks[1].attn.sla = nn.Identity()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="blocks.1.attn already has an attribute named 'sla'"):
+        sla_compile.accelerate(model, config=CONFIG)
+    assert_unchanged(model, before)
+
+
+def test_allow_no_match_leaves_the_model():
+    model = nn.Sequential(nn.Linear(4, 4))
+    assert sla_compile.accelerate(model, allow_no_match=True) is model
+    assert len(sla_compile.report(model)) == 0
+
+
+def test_unaccelerated_models_are_named():
+    for function in (sla_compile.report, sla_compile.restore, lambda m: sla_compile.dense(m).__enter__()):
+        with pytest.raises(ValueError, match="this TinyDiT was not accelerated"):
+            function(build())
