@@ -17,7 +17,7 @@ from sla_compile.kernels.spec import num_blocks
 # go through both branches in groups of GROUP_ROWS, so that what one branch adds to the other is still in the cache.
 CHUNK_ELEMENTS = 3 * 2**16
 CHUNK_TOKENS = 512
-GROUP_ROWS = 16
+GROUP_ROWS = 32
 
 # NOTE [Kept buffers]
 # Memory fresh from the operating system costs a page fault per 4 KB, 5 % of a call at 8192 tokens: a thread keeps this

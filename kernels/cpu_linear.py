@@ -47,7 +47,7 @@ class BlockSums:
 
     Args:
         selected: boolean (rows, n).
-        blocks: (n + 1, elements), the last row free: it takes the total.
+        blocks: (n + 1, elements), the last row the sum of the others.
     """
 
     def __init__(self, selected: Tensor, blocks: Tensor, name: str, workspace: Workspace) -> None:
@@ -59,7 +59,6 @@ class BlockSums:
             self.weights, self.stop = selected.to(blocks.dtype), 0
             return
         if rest < count:
-            torch.sum(blocks[:-1], 0, out=blocks[-1])
             listed = torch.cat([~selected, selected.new_ones(selected.shape[0], 1)], 1)
         else:
             listed = selected
@@ -84,6 +83,14 @@ class BlockSums:
             self.sums = self.workspace(self.name, self.stop - start, self.blocks.shape[1])
             torch.mm(self.weights[start : self.stop], self.blocks[:-1], out=self.sums)
         return self.sums[start - self.start : stop - self.start]
+
+
+def _add_total(blocks: Tensor, start: int, stop: int) -> None:
+    """Keeps the running total in the last row of blocks that are written in ascending order."""
+    total = blocks[start:stop].sum(0)
+    if start:
+        total += blocks[-1]
+    blocks[-1] = total
 
 
 class LinearHead:
@@ -125,6 +132,7 @@ class LinearHead:
                 )
             else:
                 torch.bmm(features.transpose(1, 2), projected, out=self.block_kv[start:stop])
+                _add_total(self.block_kv, start, stop)
 
     def _features(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """phi(K) times the weight of each key, and without it."""
@@ -206,7 +214,8 @@ class LinearHead:
             )
         else:
             torch.bmm(features.transpose(1, 2), grads, out=self.grad_row_kv[rows])
-        torch.bmm(features.transpose(1, 2), delta, out=self.grad_row_k[rows, :, None])
+            _add_total(self.grad_row_kv, rows.start, rows.stop)
+        torch.bmm(delta.transpose(1, 2), features, out=self.grad_row_k[rows, None])
         return result, delta
 
     def key_backward(self, grad_keys: Tensor, grad_values: Tensor, grad_proj_weight: Tensor) -> None:

@@ -235,7 +235,7 @@ def _site(decision: Decision) -> Site:
         head_dim=query[-1] if query and isinstance(query[-1], int) else None,
         kind=match.kind,
         config=decision.config.fingerprint() if decision.config else "",
-        calls=match.scope.total_calls,
+        calls=match.scope.calls,
     )
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.graph_module import GraphModule
 
 from sla_compile.passes.nodes import Reader
+
+
+@dataclass(eq=False)
+class Caller:
+    """A node that calls a graph, and what it passes for each placeholder: None where that is not known."""
+
+    scope: Scope
+    node: fx.Node
+    operands: list[Any] | None
 
 
 @dataclass(eq=False)
@@ -21,26 +29,32 @@ class Scope:
     Args:
         module: the graph's module.
         path: where it hangs in the root module; empty for the root.
-        parent: scope of the node that calls it.
-        caller: that node.
-        operands: what the caller passes for each placeholder; None where that is not known.
-        calls: how many nodes call this same module.
+        callers: the nodes that call it; none for the root, several for a region that is compiled once.
+        siblings: the scopes that the first caller calls, this one among them (the branches of a cond).
     """
 
     module: GraphModule
     path: str
     reader: Reader
-    parent: Scope | None = None
-    caller: fx.Node | None = None
-    operands: list[Any] | None = None
-    calls: int = 1
+    callers: list[Caller] = field(default_factory=list)
+    siblings: list[Scope] = field(default_factory=list)
+
+    @property
+    def parent(self) -> Scope | None:
+        return self.callers[0].scope if self.callers else None
+
+    @property
+    def calls(self) -> int:
+        """How often one run of the root calls this graph."""
+        return sum(caller.scope.calls for caller in self.callers) or 1
 
     @property
     def operation(self) -> str:
         """Name of the operation that calls the graph, empty for the root."""
-        if self.caller is None:
+        if not self.callers:
             return ""
-        return "call_module" if self.caller.op == "call_module" else getattr(self.caller.target, "__name__", "")
+        node = self.callers[0].node
+        return "call_module" if node.op == "call_module" else getattr(node.target, "__name__", str(node.target))
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -60,7 +74,7 @@ def metadata_value(node: fx.Node) -> Any:
 
 
 def scopes(root: GraphModule, values: Mapping[fx.Node, Any] | None = None) -> list[Scope]:
-    """All graphs of `root`, callers before what they call; a graph called from several nodes comes once, `calls` counted.
+    """All graphs of `root`, callers before what they call; a graph that several nodes call comes once.
 
     Args:
         values: results of nodes that have no metadata.
@@ -76,7 +90,7 @@ def scopes(root: GraphModule, values: Mapping[fx.Node, Any] | None = None) -> li
     while queue:
         scope = queue.pop(0)
         if id(scope.module) in seen:
-            seen[id(scope.module)].calls += 1
+            seen[id(scope.module)].callers += scope.callers
             continue
         seen[id(scope.module)] = scope
         found.append(scope)
@@ -104,7 +118,9 @@ def _called(scope: Scope, node: fx.Node, value: Callable[[fx.Node], Any]) -> lis
     for name, body in bodies:
         operands = _operands(node, last, sum(n.op == "placeholder" for n in body.graph.nodes))
         path = f"{scope.path}.{name}" if scope.path else name
-        result.append(Scope(body, path, Reader(body, value), scope, node, operands))
+        result.append(Scope(body, path, Reader(body, value), [Caller(scope, node, operands)]))
+    for each in result:
+        each.siblings = result
     return result
 
 
@@ -152,7 +168,8 @@ class Sources:
         self._bits: dict[fx.Node, int] = {}
         self._inputs = 0
         self._next = 0
-        called = Counter(scope.caller for scope in found)
+        self._tagged: dict[tuple[int, int], int] = {}
+        called = {caller.node for scope in found for caller in scope.callers}
         for scope in found:
             placeholders = 0
             for node in scope.module.graph.nodes:
@@ -174,17 +191,33 @@ class Sources:
         return 1 << self._next
 
     def _placeholder(self, scope: Scope, node: fx.Node, position: int, constants: set[str]) -> int:
-        if scope.parent is not None and scope.operands is not None:
-            operand = scope.operands[position]
-            return self._bits[operand] if isinstance(operand, fx.Node) else 0
+        known: list[int | None] = []
+        for caller in scope.callers:
+            operand = None if caller.operands is None else caller.operands[position]
+            known.append(self._bits.get(operand) if isinstance(operand, fx.Node) else None)
+        if known and None not in known:
+            bits = [each for each in known if each is not None]
+            return bits[0] if len(bits) == 1 else sum(self._tag(number, each) for number, each in enumerate(bits))
         value = scope.reader.value(node)
         if isinstance(value, nn.Parameter) or not _carries_tensors(value):
             return 0
-        if scope.parent is None and (node.name in constants or "_buffers_" in str(node.target)):
+        if not scope.callers and (node.name in constants or "_buffers_" in str(node.target)):
             return 0
         bit = self._new()
         self._inputs |= bit
         return bit
+
+    def _tag(self, caller: int, bits: int) -> int:
+        """Sources as seen through one of several callers: they must not mix, for what holds must hold for each."""
+        result = 0
+        for position in range(bits.bit_length()):
+            if bits >> position & 1:
+                if (caller, position) not in self._tagged:
+                    self._tagged[caller, position] = self._new()
+                    if self._inputs >> position & 1:
+                        self._inputs |= self._tagged[caller, position]
+                result |= self._tagged[caller, position]
+        return result
 
     def of(self, node: fx.Node) -> int:
         """The sources of a node as a set of bits."""
@@ -206,8 +239,3 @@ class Sources:
 def _carries_tensors(value: Any) -> bool:
     """False for what is known to be no tensor: numbers and sizes."""
     return not isinstance(value, (bool, int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size))
-
-
-def is_tensor(value: Any) -> bool:
-    """Whether a node's value is one tensor."""
-    return isinstance(value, Tensor)

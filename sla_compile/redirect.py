@@ -24,7 +24,7 @@ from sla_compile.module import SparseLinearAttention
 from sla_compile.passes.eligibility import why_dense
 
 CHILD = "sla"  # the name under which an owner holds its SparseLinearAttention
-_NATIVE_BACKEND = "native"
+_NATIVE_BACKEND = "native"  # diffusers' name for scaled_dot_product_attention
 
 
 @dataclass
@@ -288,11 +288,18 @@ def attach(owner: nn.Module, redirection: Redirection, sla: SparseLinearAttentio
         owner.add_module(CHILD, sla)
     owner.__class__ = redirected_class(base)
     _follow_instance_forward(owner, base.forward)
+    if sla is not None:
+        _pin_attention_backend(owner)
+
+
+def _pin_attention_backend(owner: nn.Module) -> None:
+    """Makes a diffusers processor call scaled_dot_product_attention, whatever backend is active in the process."""
     processor = getattr(owner, "processor", None)
-    backend = getattr(processor, "_attention_backend", None)
-    if sla is not None and backend is not None and getattr(backend, "value", backend) != _NATIVE_BACKEND:
-        owner._sla_backend = backend
-        processor._attention_backend = _NATIVE_BACKEND
+    if hasattr(processor, "_attention_backend"):
+        backend = processor._attention_backend
+        if getattr(backend, "value", backend) != _NATIVE_BACKEND:  # also None, which follows the process
+            owner._sla_backend = backend
+            processor._attention_backend = _NATIVE_BACKEND
 
 
 def attach_root(model: nn.Module) -> None:

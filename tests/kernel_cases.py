@@ -1,0 +1,259 @@
+"""Cases for the Triton kernels, and one run of a case against the float64 reference with a derived error budget.
+
+As a script it reads cases as JSON lines and answers with a JSON line each: the worker that runs kernels in Triton's
+interpreter, in a process of its own because an access out of bounds ends the process there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+NAMES = ("output", "logsumexp", "grad_query", "grad_key", "grad_value", "grad_weight", "grad_bias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the kernels, drawn from `seed`."""
+
+    length: int = 150
+    dim: int = 64
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    dtype: str = "fp32"
+    linear: str = "marginal"
+    feature_map: str = "softmax"
+    block_q: int = 64
+    block_k: int = 64
+    # blocks: random | critical | marginal | negligible (only critical and negligible) | none (rows without critical)
+    blocks: str = "random"
+    # layout: blhd | bhld | packed | padded (surrounded by NaN) | spread (last stride 3, NaN between)
+    layout: str = "blhd"
+    # grad: same (layout) | expanded (all strides 0)
+    grad: str = "same"
+    # mask: "" | keys (some at -inf) | additive | row (a batch entry without any key)
+    mask: str = ""
+    proj_dtype: str = "fp32"
+    bias: bool = True
+    scale: float | None = None
+    magnitude: float = 1.0
+    # Whose tiles: the plan of this architecture; "shipped" leaves the tile of block_sums small (slow to interpret).
+    arch: int | str = 90
+    shipped: bool = False
+    wide: bool = False
+    chunk_bytes: int | None = None
+    seed: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"B{self.batch}-H{self.heads}-L{self.length}-D{self.dim}-{self.dtype}"]
+        for name, value in asdict(self).items():
+            if name not in ("batch", "heads", "length", "dim", "dtype") and value != getattr(Case(), name):
+                parts.append(f"{name}={value}")
+        return "-".join(parts)
+
+
+def tokens(case: Case, heads: int, which: int, generator: torch.Generator) -> Tensor:
+    """(B, heads, L, D) normal values in the case's dtype and layout; what surrounds them is NaN."""
+    shape = case.batch, case.length, heads, case.dim
+    values = (torch.randn(shape, generator=generator) * case.magnitude).to(DTYPES[case.dtype])
+    if case.layout == "bhld":
+        return values.transpose(1, 2).contiguous()
+    if case.layout == "packed":  # one of seven in a (B, L, 7, H, D) tensor
+        base = torch.full((*shape[:2], 7, *shape[2:]), torch.nan, dtype=values.dtype)
+        view = base[:, :, which]
+    elif case.layout == "padded":
+        base = torch.full((shape[0], shape[1] + 200, shape[2], shape[3] + 7), torch.nan, dtype=values.dtype)
+        view = base[:, 100 : 100 + shape[1], :, 3 : 3 + shape[3]]
+    elif case.layout == "spread":
+        base = torch.full((*shape, 3), torch.nan, dtype=values.dtype)
+        view = base[..., 1]
+    else:
+        view = torch.empty(shape, dtype=values.dtype)
+    view.copy_(values)
+    return view.transpose(1, 2)
+
+
+def block_map(case: Case, generator: torch.Generator) -> Tensor:
+    """int8 (B, H, T_m, T_n); the number of critical blocks differs between rows."""
+    shape = case.batch, case.heads, -(-case.length // case.block_q), -(-case.length // case.block_k)
+    classes = torch.randint(-1, 2, shape, generator=generator, dtype=torch.int8)
+    if case.blocks == "critical":
+        classes.fill_(1)
+    elif case.blocks == "marginal":
+        classes.clamp_(min=0)
+    elif case.blocks == "negligible":
+        classes[classes == 0] = -1
+    if case.blocks == "none":
+        classes[:, :, ::2].clamp_(max=0)
+    else:
+        picked = torch.randint(shape[-1], shape[:-1], generator=generator)
+        classes.scatter_(-1, picked[..., None], 1)
+    return classes
+
+
+def key_bias(case: Case, generator: torch.Generator) -> Tensor | None:
+    """(B, L) float32, at most 0."""
+    if not case.mask:
+        return None
+    bias = torch.zeros(case.batch, case.length)
+    drawn = torch.rand(case.batch, case.length, generator=generator)
+    if case.mask == "additive":
+        return -3 * drawn + 3 * drawn.min()
+    bias[drawn < 0.4] = -torch.inf
+    bias[:, : min(70, case.length // 2)] = -torch.inf  # a whole block, and a ragged edge inside the next
+    if case.mask == "row":
+        bias[0] = -torch.inf
+    return bias
+
+
+def evaluate(inputs: list[Tensor | None], grad: Tensor, classes: Tensor, spec: Any, bias: Tensor | None) -> list[Any]:
+    """Output, log-sum-exp and gradients of the dense formula in the dtype of its inputs."""
+    from sla_compile.kernels.reference import reference_attention
+
+    leaves = [None if tensor is None else tensor.detach().clone().requires_grad_() for tensor in inputs]
+    query, key, value, weight, proj_bias = leaves
+    output, logsumexp = reference_attention(
+        query, key, value, classes, spec, proj_weight=weight, proj_bias=proj_bias, key_bias=bias
+    )
+    used = [leaf for leaf in leaves if leaf is not None and not (spec.linear == "none" and leaf in leaves[3:])]
+    found = iter(torch.autograd.grad(output, used, grad.to(output.dtype)))
+    grads = [next(found) if any(leaf is other for other in used) else None for leaf in leaves]
+    return [output.detach(), logsumexp.detach(), *grads]
+
+
+def run(case: Case, device: str) -> dict[str, float]:
+    """Error over budget of every result of a case, NaN where one is not finite where the reference is.
+
+    The budget of a result: twice the error that the dense formula makes in the tested dtype, the rounding of two terms
+    that the kernels keep in the result's dtype (half an ulp each), and a random walk of float32 roundings over the
+    sequence; all relative to the largest element.
+    """
+    from sla_compile.kernels import gpu
+    from sla_compile.kernels.spec import Spec
+
+    generator = torch.Generator().manual_seed(case.seed)
+    spec = Spec(case.scale or case.dim**-0.5, case.feature_map, case.linear, case.block_q, case.block_k)
+    query = tokens(case, case.heads, 0, generator)
+    key = tokens(case, case.kv_heads, 3, generator)
+    value = tokens(case, case.kv_heads, 4, generator)
+    weight = bias = None
+    if case.linear != "none":
+        weight = (torch.randn(case.dim, case.dim, generator=generator) * case.dim**-0.5).to(DTYPES[case.proj_dtype])
+        bias = torch.randn(case.dim, generator=generator).to(DTYPES[case.proj_dtype]) if case.bias else None
+    classes = block_map(case, generator)
+    key_biases = key_bias(case, generator)
+    if case.grad == "expanded":
+        grad = torch.ones((), dtype=query.dtype).expand(query.shape)
+    else:
+        grad = tokens(replace(case, magnitude=1.0), case.heads, 5, generator)
+
+    inputs = [query, key, value, weight, bias]
+    double = [None if tensor is None else tensor.double() for tensor in inputs]
+    oracle = evaluate(double, grad.double(), classes, spec, key_biases)
+    eager = evaluate([None if t is None else t.to(query.dtype) for t in inputs], grad, classes, spec, key_biases)
+
+    on_device = [None if tensor is None else moved(tensor, device) for tensor in inputs]
+    options = dict(
+        proj_weight=on_device[3],
+        proj_bias=on_device[4],
+        key_bias=None if key_biases is None else key_biases.to(device),
+    )
+    kept = gpu.TRANSIENT_BYTES, gpu._wide
+    gpu.TRANSIENT_BYTES = case.chunk_bytes or kept[0]
+    if case.wide:
+        gpu._wide = lambda *tensors: True
+    try:
+        classes, grad = classes.to(device), moved(grad, device)
+        output, logsumexp = gpu.forward(*on_device[:3], classes, spec, **options)
+        grads = gpu.backward(grad, *on_device[:3], output, logsumexp, classes, spec, **options)
+        if device != "cpu":
+            again = gpu.backward(grad, *on_device[:3], output, logsumexp, classes, spec, **options)
+            assert all(one is None or torch.equal(one, two) for one, two in zip(grads, again)), "not deterministic"
+    finally:
+        gpu.TRANSIENT_BYTES, gpu._wide = kept
+    results = [output, logsumexp, *grads]
+
+    assert logsumexp.dtype == torch.float32 and logsumexp.is_contiguous()
+    assert grads[3] is None or grads[3].dtype == weight.dtype
+    for result in (output, *grads[:3]):
+        assert result.dtype == query.dtype and result.transpose(1, 2).is_contiguous(), result.stride()
+    if case.blocks == "critical" and case.mask == "" and case.linear != "all" and bias is None:
+        dense = torch.nn.functional.scaled_dot_product_attention(*double[:3], scale=spec.scale, enable_gqa=True)
+        torch.testing.assert_close(oracle[0], dense)
+    return {
+        name: ratio(result, exact, low, case)
+        for name, result, exact, low in zip(NAMES, results, oracle, eager)
+        if result is not None or exact is not None
+    }
+
+
+def ratio(result: Tensor, exact: Tensor, low: Tensor, case: Case) -> float:
+    result, low = result.detach().cpu().double(), low.double()
+    absent = exact.isinf()  # a log-sum-exp of nothing
+    if result.shape != exact.shape or not torch.equal(result.isinf(), absent) or result.isnan().any():
+        return math.nan
+    result, low, exact = (tensor.masked_fill(absent, 0) for tensor in (result, low, exact))
+    largest = exact.abs().max().item()
+    # A low-precision evaluation that overflowed says nothing.
+    eager_error = (low - exact).abs().nan_to_num(0, posinf=0).max().item()
+    rounding = torch.finfo(DTYPES[case.dtype]).eps * largest
+    reduction = math.sqrt(case.length) * torch.finfo(torch.float32).eps * largest
+    error = (result - exact).abs().max().item()
+    return error / (2 * eager_error + rounding + reduction) if error else 0.0
+
+
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """The tensor on the device with its strides and what surrounds it."""
+    if device == "cpu":
+        return tensor
+    base = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)
+    return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def emulate(arch: int | str, shipped: bool) -> None:
+    """Takes another architecture's tiles, in a process without a GPU."""
+    from sla_compile.kernels import gpu, tuning
+
+    memory = {90: 232448, 89: 101376, "gfx942": 65536}[arch]
+    target = tuning.Target("cuda" if isinstance(arch, int) else "hip", arch, memory)
+    gpu.target_of = lambda device: target
+
+    def chosen(*arguments: Any) -> tuning.Plan:
+        plan = tuning.plan(*arguments)
+        return plan if shipped else replace(plan, block_sums=replace(plan.block_sums, slice=8192))
+
+    gpu.plan = chosen
+
+
+def serve() -> None:
+    """Answers each case on stdin with a line on stdout."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import interpreter_bf16
+
+    interpreter_bf16.install()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # torch.empty gives NaN and huge integers
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    answers = sys.stdout
+    sys.stdout = sys.stderr
+    for line in sys.stdin:
+        case = Case(**json.loads(line))
+        try:
+            emulate(case.arch, case.shipped)
+            answer: Any = run(case, "cpu")
+        except Exception as error:  # reported as the case's failure
+            answer = f"{type(error).__name__}: {error}"
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

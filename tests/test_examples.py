@@ -1,0 +1,36 @@
+"""The examples run in their small mode."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+FOLDER = Path(__file__).parent.parent / "examples"
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_tested():
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"compile_a_dit", "fine_tune"}
+
+
+def test_compile_a_dit(capsys):
+    difference = load(FOLDER / "compile_a_dit.py").main(["--small", "--backend", "aot_eager"])
+    # Attention over one key block in four is another function, but only one part of the network.
+    assert 0 < difference < 0.1
+    assert "2 of 4 attentions rewritten" in capsys.readouterr().out
+
+
+def test_fine_tune_learns_and_its_file_loads(capsys):
+    losses = load(FOLDER / "fine_tune.py").main(["--small"])
+    assert all(math.isfinite(loss) for loss in losses)
+    assert torch.tensor(losses[-5:]).mean() < torch.tensor(losses[:5]).mean()
+    assert "4 parameters" in capsys.readouterr().out
