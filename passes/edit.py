@@ -135,6 +135,8 @@ class _Edit:
         self._key = "val"
         for node in scope.module.graph.nodes:
             self.map[node] = self.graph.node_copy(node, self.map.__getitem__)
+            for name in vars(node).keys() - vars(self.map[node]).keys():  # Dynamo's `_dynamo_source`
+                setattr(self.map[node], name, vars(node)[name])
             self.values[self.map[node]] = scope.reader.value(node)
             if "example_value" in node.meta:
                 self._key = "example_value"
@@ -301,16 +303,17 @@ class _Edit:
     def _describe(self, node: fx.Node, output: fx.Node) -> None:
         node.meta.update({key: value for key, value in output.meta.items() if key not in _RESULT_META})
 
-    def _erase(self, nodes: Iterable[fx.Node]) -> None:
-        """Erases the nodes and whatever computed for them alone."""
-        for node in nodes:
+    def _erase(self, inner: Iterable[fx.Node]) -> None:
+        """Erases the nodes, and upstream of them whatever was computed for them alone."""
+        inner = set(inner)
+        for node in inner:
             for user in list(node.users):
                 if not user.users and "_assert_tensor_metadata" in str(user.target):
                     self.graph.erase_node(user)
-        queue = sorted(nodes, reverse=True)
+        queue = sorted(inner, reverse=True)
         while queue:
             node = queue.pop(0)
-            if node._erased or node.users or node.op in ("placeholder", "output", "get_attr") or mutates_outside(node):
+            if node._erased or node.users or (node not in inner and not _is_pure(node)):
                 continue
             inputs = node.all_input_nodes
             self.graph.erase_node(node)
@@ -319,14 +322,61 @@ class _Edit:
     def finish(self) -> None:
         """Refreshes what the rewritten strides change, and checks the graph."""
         for node, before in self._replaced:
-            self._restride(node, before)
+            if isinstance(before, Tensor) and isinstance(self.values.get(node), Tensor):
+                self._restride(node, before)
         self.graph.lint()
 
-    def _restride(self, node: fx.Node, before: Any) -> None:
-        """The op's output has its own strides: a `view` behind that needs the former ones gets a contiguous tensor."""
-        ...
+    def _restride(self, node: fx.Node, before: Tensor) -> None:
+        """Carries the strides of the op's output on, as far as they differ from the former ones. Where that would change
+        an output or break a ``view``, a contiguous tensor comes between."""
+        if _same_layout(self.values[node], before):
+            return
+        changed = {node: self.values[node]}
+        for each in list(self.graph.nodes):
+            if not (each > node) or changed.keys().isdisjoint(each.all_input_nodes):
+                continue
+            after = self._restrided(each, changed)
+            if after is None:
+                with self.graph.inserting_after(node):
+                    copied = self.graph.call_function(aten.contiguous.default, (node,))
+                self._describe(copied, node)
+                node.replace_all_uses_with(copied, delete_user_cb=lambda user, made=copied: user is not made)
+                self.note(copied, self.values[node].contiguous())
+                return
+            if isinstance(after, Tensor) and not _same_layout(after, self.values[each]):
+                changed[each] = after
+        for each, value in changed.items():
+            self.note(each, value)
+
+    def _restrided(self, node: fx.Node, changed: dict[fx.Node, Any]) -> Any:
+        """The node's result from the changed inputs; None where it needs the former layout."""
+        known = self.values.get(node)
+        if node.op not in ("call_function", "call_method") or isinstance(node.target, torch._ops.HigherOrderOperator):
+            return None
+        if not isinstance(known, Tensor):
+            return () if isinstance(known, (int, torch.SymInt)) else None
+
+        def read(each: fx.Node) -> Any:
+            return changed.get(each, self.values.get(each))
+
+        args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
+        try:
+            with torch.no_grad():
+                if node.op == "call_method":
+                    result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    result = node.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, TypeError):
+            return None
+        # another dtype: the node is inside of an autocast region, which only the run enters; its strides do not matter
+        fits = isinstance(result, Tensor) and result.dtype == known.dtype and same_shape(result.shape, known.shape)
+        return result if fits else known
 
 
-def mutates_outside(node: fx.Node) -> bool:
-    """Whether erasing the node would lose an effect."""
-    return False
+def _same_layout(left: Tensor, right: Tensor) -> bool:
+    strides = zip(left.shape, left.stride(), right.stride(), strict=True)
+    return all(same(size, 1) or same(a, b) for size, a, b in strides)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method", "get_attr") and not mutates(node) and not node.is_impure()

@@ -62,7 +62,7 @@ def accelerate_graph(
     """
     check_fresh(graph_module)
     decisions = decide(graph_module, choose, example_inputs=example_inputs)
-    sites = [_site(decision) for decision in decisions]
+    sites = [site(decision) for decision in decisions]
     check_found(sites, allow_no_match)
     modules: dict[str, SparseLinearAttention] = {}
     edits = Edits(ModuleParameters(graph_module, modules))
@@ -71,7 +71,7 @@ def accelerate_graph(
         for path, module in modules.items():
             graph_module.add_submodule(path, module)
         edits.commit()
-    graph_module.meta[META_KEY] = {"sites": sites, "caller": _caller()}
+    graph_module.meta[META_KEY] = {"sites": sites, "caller": caller()}
     return sites
 
 
@@ -166,6 +166,7 @@ class ModuleParameters:
 
     def __init__(self, root: GraphModule, modules: dict[str, SparseLinearAttention]) -> None:
         self.root, self.modules = root, modules
+        self._added: set[torch.fx.Node] = set()
 
     def module(self, owner: str, config: SLAConfig, head_dim: int, device: torch.device) -> tuple[str, SparseLinearAttention]:
         """The path and the module of an owner's parameters, made at the first call."""
@@ -177,8 +178,11 @@ class ModuleParameters:
 
     def node(self, graph: torch.fx.Graph, path: str, parameter: nn.Parameter) -> torch.fx.Node:
         """The node that reads a parameter in the root graph, before everything that computes."""
-        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-            return graph.create_node("get_attr", path, name=path.replace(".", "_"))
+        kept = (node for node in graph.nodes if node.op != "placeholder" and node not in self._added)
+        with graph.inserting_before(next(kept)):
+            node = graph.create_node("get_attr", path, name=path.replace(".", "_"))
+        self._added.add(node)
+        return node
 
 
 def _check_free(root: nn.Module, path: str) -> None:
@@ -223,7 +227,8 @@ def sites(graph_module: GraphModule) -> list[Site]:
     return list(graph_module.meta.get(META_KEY, {}).get("sites", ()))
 
 
-def _site(decision: Decision) -> Site:
+def site(decision: Decision) -> Site:
+    """The report's row of a decision."""
     match = decision.match
     query, key = match.query.shape, match.key.shape
     return Site(
@@ -239,7 +244,7 @@ def _site(decision: Decision) -> Site:
     )
 
 
-def _caller() -> str:
+def caller() -> str:
     """Where the user's code called into this package."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("sla_compile"):

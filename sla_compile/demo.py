@@ -257,18 +257,17 @@ def draw_blocks(block_map: Tensor, path: Path, title: str, heads: int = 4) -> No
 
 def _fine_tune(console: Console, options: DemoOptions, model: nn.Module) -> bool:
     """Trains all weights on a synthetic clip with the flow-matching loss; whether it learned, and all of it."""
-    clip, device = options.training_clip, options.device
-    model.float().train().requires_grad_(True)
+    clip, device, dtype = options.training_clip, options.device, options.dtype
+    model.train().requires_grad_(True)
     added = parameters(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     random = torch.Generator().manual_seed(SEED)
-    text = torch.randn(1, TEXT_TOKENS, TEXT_DIM, generator=random).to(device)
+    text = torch.randn(1, TEXT_TOKENS, TEXT_DIM, generator=random).to(device, dtype)
     # One clip, noise and time for all steps: fresh ones would hide in ten losses what was learned.
     video = synthetic_latents(clip, random)
     noise, sigma = torch.randn(video.shape, generator=random), torch.tensor([0.7])
-    noisy, target = ((1 - sigma) * video + sigma * noise).to(device), (noise - video).to(device)
+    noisy, target = ((1 - sigma) * video + sigma * noise).to(device, dtype), (noise - video).to(device)
     timestep = (1000 * sigma).to(device)
-    low_precision = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == torch.bfloat16)
     losses: list[float] = []
     reached: set[int] = set()
     with Progress(
@@ -277,8 +276,7 @@ def _fine_tune(console: Console, options: DemoOptions, model: nn.Module) -> bool
     ) as progress:  # fmt: skip
         task = progress.add_task("", total=options.steps, loss="")
         for _ in range(options.steps):
-            with low_precision:
-                output = model(noisy, timestep, text, return_dict=False)[0]
+            output = model(noisy, timestep, text, return_dict=False)[0]
             loss = F.mse_loss(output.float(), target)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

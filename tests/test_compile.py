@@ -1,0 +1,138 @@
+"""Under torch.compile: the same numbers as eager, in one graph, without a recompile that the dense model has not."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import build, make_inputs
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+
+import sla_compile
+from sla_compile import SLAConfig
+
+CONFIG = SLAConfig(sparsity=0.8, min_seq_len=64)
+
+
+def accelerated(**options):
+    model = sla_compile.accelerate(build(**options), config=CONFIG)
+    for parameter in sla_compile.parameters(model):
+        nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def assert_same_gradients(one, other, **tolerance):
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_whole_model_in_one_graph(backend):
+    model = accelerated()
+    counters.clear()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*make_inputs()), model(*make_inputs()), rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_training(backend, checkpointing):
+    model, reference = (accelerated(checkpointing=checkpointing).train() for _ in range(2))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled(*make_inputs()).square().sum().backward()
+    reference(*make_inputs()).square().sum().backward()
+    assert_same_gradients(model, reference, rtol=1e-4, atol=1e-3 if backend == "inductor" else 0)
+    assert all(p.grad.abs().sum() > 0 for p in sla_compile.parameters(model))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+def test_checkpointing_compiled_block_by_block():
+    model, reference = (accelerated(checkpointing=True).train() for _ in range(2))
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    model(*make_inputs()).square().sum().backward()
+    reference(*make_inputs()).square().sum().backward()
+    assert_same_gradients(model, reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_no_recompile_that_the_dense_model_has_not(dynamic):
+    graphs = {}
+    for kind, model in (("dense", build()), ("accelerated", accelerated())):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        with torch.no_grad():
+            for length in (200, 330, 577, 150):
+                torch.testing.assert_close(compiled(*make_inputs(length)), model(*make_inputs(length)), rtol=1e-5, atol=1e-5)
+        graphs[kind] = counters["stats"]["unique_graphs"]
+    assert graphs["accelerated"] == graphs["dense"]
+
+
+def test_a_threshold_crossed_is_one_more_graph_and_exact():
+    model = accelerated()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for length in (200, 40, 330, 50):
+            torch.testing.assert_close(compiled(*make_inputs(length)), model(*make_inputs(length)), rtol=1e-5, atol=1e-5)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            compiled(*make_inputs(45)), compiled(*make_inputs(280))
+
+
+def test_dense_context_switches_a_compiled_model():
+    model, inputs = accelerated(), make_inputs()
+    expected = build()(*inputs)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        sparse = compiled(*inputs)
+        with sla_compile.dense(model):
+            torch.testing.assert_close(compiled(*inputs), expected, rtol=0, atol=0)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert torch.equal(compiled(*inputs), sparse)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_autocast(backend):
+    model = accelerated()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(compiled(*make_inputs()), model(*make_inputs()), rtol=2e-2, atol=2e-2)
+
+
+def test_inductor_fuses_around_the_op_and_copies_nothing():
+    def function(x, weight, bias):
+        query, key, value = (x * 2 + 1).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        output = sla_compile.sparse_linear_attention(query, key, value, config=CONFIG, proj_weight=weight, proj_bias=bias)
+        return torch.relu(output.transpose(1, 2).flatten(2) + 1)
+
+    inputs = (torch.randn(1, 200, 96), torch.randn(16, 16), torch.randn(16))
+    with torch.no_grad():
+        output, (code,) = run_and_get_code(torch.compile(function, fullgraph=True), *inputs)
+    torch.testing.assert_close(output, function(*inputs), rtol=1e-5, atol=1e-5)
+    kernels = [line for line in code.splitlines() if line.lstrip().startswith("cpp_fused")]
+    assert sum("= async_compile" in line for line in kernels) == 2, "one kernel before the op and one after, no copies"
+
+
+def test_max_autotune():
+    model = accelerated()
+    compiled = torch.compile(model, mode="max-autotune", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*make_inputs()), model(*make_inputs()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_cold_process_compiles_the_same(tmp_path):
+    """Nothing may depend on what an earlier eager run left behind."""
+    program = f"""
+import sys; sys.path.insert(0, {str(sys.path[0])!r}); sys.path.insert(0, {str(build.__globals__["__file__"].rpartition("/")[0])!r})
+import torch, sla_compile
+from models import build, make_inputs
+model = sla_compile.accelerate(build(), config=sla_compile.SLAConfig(sparsity=0.8, min_seq_len=64))
+with torch.no_grad():
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(*make_inputs())
+    torch.testing.assert_close(compiled, model(*make_inputs()), rtol=0, atol=0)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

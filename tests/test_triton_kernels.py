@@ -1,0 +1,203 @@
+"""The Triton kernels against the float64 reference: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+# How many drawn cases: a dozen takes half a minute in the interpreter.
+EXAMPLES = int(os.environ.get("SLA_HYPOTHESIS_EXAMPLES", "12"))
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+cases = load("kernel_cases")
+Case = cases.Case
+
+
+class Worker:
+    """Runs cases in a process with TRITON_INTERPRET=1; one that dies fails its case only, the next starts another."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def __call__(self, case: Any) -> dict[str, float]:
+        if self.process is None:
+            environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(
+                [sys.executable, HERE / "kernel_cases.py"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+        self.process.stdin.write(json.dumps(asdict(case)) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            status = self.process.wait()
+            self.process = None
+            pytest.fail(f"the interpreter ended with status {status}: an access out of bounds")
+        answer = json.loads(answer)
+        if isinstance(answer, str):
+            pytest.fail(answer)
+        return answer
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[[Any], dict[str, float]]]:
+    """Runs a case where kernels can run; returns error over budget of each result."""
+    if torch.cuda.is_available():
+        yield functools.partial(cases.run, device="cuda")
+        return
+    worker = Worker()
+    yield worker
+    worker.stop()
+
+
+def check(ratios: dict[str, float]) -> None:
+    over = {name: ratio for name, ratio in ratios.items() if math.isnan(ratio) or ratio > 1}
+    assert not over, f"error over budget: {over}"
+
+
+CASES = [
+    # The settings, in each dtype.
+    *(Case(dtype=dtype, linear=linear) for dtype in ("fp32", "fp16", "bf16") for linear in ("marginal", "all", "none")),
+    Case(feature_map="elu"),
+    Case(feature_map="relu", dtype="fp16"),
+    Case(feature_map="elu", linear="all", dtype="bf16"),
+    Case(feature_map="relu", linear="all"),
+    # Head dimensions, padded ones among them, with the tiles of several architectures.
+    Case(dim=1, length=70),
+    Case(dim=4, dtype="fp16"),
+    Case(dim=12, linear="all"),
+    Case(dim=40, dtype="bf16", feature_map="elu"),
+    Case(dim=72, dtype="fp16", length=100),
+    Case(dim=80, length=100, arch=89),
+    Case(dim=88, dtype="fp16", length=100, feature_map="relu", arch=89),
+    Case(dim=96, dtype="bf16", length=100, arch="gfx942"),
+    Case(dim=112, length=100, linear="all"),
+    Case(dim=128, dtype="bf16", length=140),
+    Case(dim=128, dtype="fp16", length=140, arch=89),
+    Case(dim=256, dtype="fp16", length=100, heads=1, kv_heads=1),
+    Case(dim=256, length=70, heads=1, kv_heads=1, arch="gfx942"),
+    # Lengths: one token, one block, exactly whole blocks, a ragged last block of either kind.
+    Case(length=1),
+    Case(length=64, dtype="fp16"),
+    Case(length=192),
+    Case(length=193, blocks="critical", linear="none"),
+    Case(block_q=128, length=128),
+    Case(block_q=128, length=300, dtype="bf16"),
+    Case(block_q=128, length=150, dim=128, dtype="fp16", linear="all"),
+    # Maps.
+    Case(blocks="critical", bias=False),
+    Case(blocks="critical", linear="all", dtype="fp16"),
+    Case(blocks="marginal"),
+    Case(blocks="negligible", dtype="fp16"),
+    Case(blocks="none"),
+    # Layouts; what surrounds the values is NaN.
+    Case(layout="bhld", dtype="fp16"),
+    Case(layout="packed", dim=40),
+    Case(layout="padded", dtype="bf16"),
+    Case(layout="padded", block_q=128, dim=20, mask="keys"),
+    Case(layout="spread", length=100),
+    Case(grad="expanded", dtype="fp16"),
+    Case(grad="expanded", heads=4, layout="packed"),
+    # Key-value heads shared by query heads; heads in chunks.
+    Case(heads=4, dtype="bf16"),
+    Case(heads=6, batch=2, length=70, linear="all"),
+    Case(heads=3, kv_heads=1, length=100, linear="none", mask="keys"),
+    Case(heads=4, batch=2, length=70, chunk_bytes=1),
+    Case(heads=3, kv_heads=3, batch=2, length=70, linear="all", chunk_bytes=400000),
+    # Masks.
+    *(Case(mask=mask, dtype=dtype, batch=2, length=140) for mask in ("keys", "additive", "row") for dtype in ("fp32", "bf16")),
+    Case(mask="keys", linear="all", feature_map="relu", dtype="fp16"),
+    Case(mask="row", linear="none", batch=2),
+    # The rest.
+    Case(proj_dtype="fp16"),
+    Case(proj_dtype="bf16", dtype="fp16", bias=False),
+    Case(proj_dtype="fp64", dtype="bf16"),
+    Case(scale=1.0, dtype="fp16"),
+    Case(scale=-0.3),
+    Case(magnitude=8.0, dtype="bf16"),
+    Case(magnitude=30.0, dtype="fp16", linear="all"),
+    Case(wide=True, dtype="fp16", layout="packed"),
+    Case(shipped=True, dim=16, length=100),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_reference(case: Any, run: Callable[[Any], dict[str, float]]) -> None:
+    check(run(case))
+
+
+@st.composite
+def drawn_cases(draw: st.DrawFn) -> Any:
+    def one_of(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    block_q = one_of(64, 64, 128)
+    kv_heads = one_of(1, 2)
+    dtype = one_of("fp32", "fp16", "bf16")
+    return Case(
+        length=draw(st.integers(1, 200 if block_q == 64 else 300)),
+        dim=one_of(draw(st.integers(1, 48)), 16, 32, 64, 64, 80, 128),
+        batch=one_of(1, 1, 2),
+        heads=kv_heads * one_of(1, 2),
+        kv_heads=kv_heads,
+        dtype=dtype,
+        linear=one_of("marginal", "all", "none"),
+        feature_map=one_of("softmax", "elu", "relu"),
+        block_q=block_q,
+        blocks=one_of("random", "random", "critical", "marginal", "negligible", "none"),
+        layout=one_of("blhd", "bhld", "packed", "padded", "spread"),
+        grad=one_of("same", "expanded"),
+        mask=one_of("", "", "keys", "additive", "row"),
+        proj_dtype=one_of("fp32", dtype),
+        bias=draw(st.booleans()),
+        scale=one_of(None, None, 0.5),
+        arch=one_of(90, 89, "gfx942"),
+        wide=draw(st.booleans()),
+        chunk_bytes=one_of(None, 100000),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=EXAMPLES <= 12,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    print_blob=True,
+)
+@given(case=drawn_cases())
+def test_drawn_cases_agree_with_the_reference(case: Any, run: Callable[[Any], dict[str, float]]) -> None:
+    check(run(case))
