@@ -13,10 +13,12 @@ def key_bias(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     exponential then is a weight in [0, 1] that cannot overflow in the linear branch. A row of -inf stays so.
 
     Args:
-        mask: bool or floating point, broadcastable to (batch, 1, 1, length).
+        mask: bool or floating point, broadcastable to (batch, 1, 1, length) or expanded from that over heads and queries.
     """
     if mask is None:
         return None
+    for dim in range(1 if mask.dim() == 4 else 0, mask.dim() - 1):
+        mask = mask.narrow(dim, 0, 1)
     mask = mask.expand(batch, 1, 1, length).reshape(batch, length)
     if mask.dtype == torch.bool:
         return torch.zeros(batch, length, device=mask.device).masked_fill(~mask, -torch.inf)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from sla_compile.config import SLAConfig
 from sla_compile.module import SparseLinearAttention
 from sla_compile.ops import op_scalars
 from sla_compile.passes.find import Match
-from sla_compile.passes.nodes import mutates, same, same_shape
+from sla_compile.passes.nodes import is_idle, mutates, same, same_shape
 from sla_compile.passes.scopes import Scope, metadata_value
 from sla_compile.passes.softmax import Operand
 
@@ -231,6 +231,9 @@ class _Edit:
             if view[0] == "permute":
                 node = self._call(output, aten.permute.default, node, list(view[1]))
                 continue
+            if view[0] == "replay":
+                node = self._replay(view[1], node, output)
+                continue
             _, number, sizes, _ = view
             if number == 0:
                 node, number = self._call(output, aten.unsqueeze.default, node, 0), 1
@@ -239,6 +242,14 @@ class _Edit:
             if len(sizes) != 1:
                 arguments = [self.map[size] if isinstance(size, fx.Node) else size for size in sizes]
                 node = self._call(output, aten.unflatten.int, node, 0, arguments)
+        return node
+
+    def _replay(self, original: fx.Node, source: fx.Node, output: fx.Node) -> fx.Node:
+        """What `original` does, done to another tensor of the same shape."""
+        first = original.all_input_nodes[0]
+        node = self.graph.node_copy(original, lambda each: source if each is first else self.map[each])
+        self._describe(node, output)
+        self.note(node, self._result(node))
         return node
 
     def _multi_head(self, match: Match, config: SLAConfig, parameters: Sequence[fx.Node | None], output: fx.Node) -> fx.Node:
@@ -296,9 +307,7 @@ class _Edit:
         inputs = {each: self.values.get(each) for each in node.all_input_nodes}
         if any(value is None for value in inputs.values()):
             return None
-        args = fx.map_arg(node.args, inputs.__getitem__)
-        with torch.no_grad():
-            return node.target(*args)  # type: ignore[operator]
+        return _run(node, inputs.__getitem__)
 
     def _describe(self, node: fx.Node, output: fx.Node) -> None:
         node.meta.update({key: value for key, value in output.meta.items() if key not in _RESULT_META})
@@ -308,7 +317,7 @@ class _Edit:
         inner = set(inner)
         for node in inner:
             for user in list(node.users):
-                if not user.users and "_assert_tensor_metadata" in str(user.target):
+                if is_idle(user):
                     self.graph.erase_node(user)
         queue = sorted(inner, reverse=True)
         while queue:
@@ -359,18 +368,22 @@ class _Edit:
         def read(each: fx.Node) -> Any:
             return changed.get(each, self.values.get(each))
 
-        args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
         try:
-            with torch.no_grad():
-                if node.op == "call_method":
-                    result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                else:
-                    result = node.target(*args, **kwargs)  # type: ignore[operator]
-        except (RuntimeError, TypeError):
+            result = _run(node, read)
+        except (RuntimeError, TypeError, ValueError):
             return None
         # another dtype: the node is inside of an autocast region, which only the run enters; its strides do not matter
         fits = isinstance(result, Tensor) and result.dtype == known.dtype and same_shape(result.shape, known.shape)
         return result if fits else known
+
+
+def _run(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
+    """The node's result on fake tensors."""
+    args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
+    with torch.no_grad():
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _same_layout(left: Tensor, right: Tensor) -> bool:

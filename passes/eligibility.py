@@ -58,14 +58,14 @@ def why_dense(
 
 
 def is_key_padding_mask(mask: Tensor, query: Tensor) -> bool:
-    """Whether `mask` says the same of a key for every head and every query: broadcastable to (B, 1, 1, L)."""
+    """Whether `mask` says the same of a key for every head and every query: broadcastable to (B, 1, 1, L), or expanded
+    from that, which a stride of zero tells."""
     if mask.dim() > query.dim() or mask.dim() < 1 or mask.shape[-1] != query.shape[-2]:
         return False
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return False
-    if mask.dim() >= 2 and mask.shape[-2] != 1:
+    # Heads (of a batched query) and queries must not matter; the batch must fit.
+    shared = range(1 if mask.dim() == query.dim() else 0, mask.dim() - 1)
+    if any(mask.shape[dim] != 1 and mask.stride(dim) != 0 for dim in shared):
         return False
-    if query.dim() == 4:
-        head_free = mask.dim() < 3 or mask.shape[-3] == 1
-        return head_free and (mask.dim() < 4 or mask.shape[0] == 1 or mask.shape[0] == query.shape[0])
-    return mask.dim() < 3 or mask.shape[0] == 1 or mask.shape[0] == query.shape[0]
+    return mask.dim() < query.dim() or mask.shape[0] == 1 or mask.shape[0] == query.shape[0]

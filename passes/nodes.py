@@ -208,6 +208,11 @@ def mutates(node: fx.Node) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+def is_idle(node: fx.Node) -> bool:
+    """Whether nothing needs the node: torch.export's assertions about metadata, the detached copies that make_fx leaves."""
+    return not node.users and node.op in ("call_function", "call_method") and not mutates(node)
+
+
 def permutation(call: Call, rank: int) -> tuple[int, ...] | None:
     """The order in which a permuting call reads its input's dimensions."""
     order = list(range(rank))

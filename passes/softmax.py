@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sla_compile.passes.nodes import CASTS, PERMUTES, RESHAPES, Call, Reader, mutates, permutation, same, same_shape
+from sla_compile.passes.nodes import CASTS, PERMUTES, RESHAPES, Call, Reader, is_idle, mutates, permutation, same, same_shape
 
 QUERY, KEY, DEPTH = "query", "key", "depth"
 
@@ -28,8 +28,8 @@ class NoMatch(Exception):
 class Operand:
     """A tensor of the match: a node and the views that bring it into the layout the op wants.
 
-    A view is ``("permute", order)`` or ``("regroup", number of leading dimensions, how to write the sizes they become,
-    those sizes)``; `skipped` are nodes between `node` and the product that are no longer needed.
+    A view is ``("permute", order)``, ``("regroup", number of leading dimensions, how to write the sizes they become,
+    those sizes)`` or ``("replay", node)``, which does what another node does; `skipped` are nodes between `node` and the product that are no longer needed.
     """
 
     node: fx.Node
@@ -253,7 +253,7 @@ def _trace_front(softmax: fx.Node, reader: Reader) -> _Use:
     helpers: set[fx.Node] = set()
     dropout_p, node = 0.0, softmax
     while True:
-        users = [user for user in node.users if not _is_check(user)]
+        users = [user for user in node.users if not is_idle(user)]
         guarded = _guarded_zero(node, users, reader)
         if guarded is not None:
             node, extra = guarded
@@ -304,9 +304,6 @@ def _guarded_zero(node: fx.Node, users: list[fx.Node], reader: Reader) -> tuple[
     return None
 
 
-def _is_check(node: fx.Node) -> bool:
-    """Nodes that only assert and that nothing uses."""
-    return not node.users and "_assert_tensor_metadata" in str(node.target)
 
 
 # ---- both ends together ----------------------------------------------------------------------------------------------
@@ -600,7 +597,7 @@ def _constant(node: fx.Node, reader: Reader) -> Any:
 def _check_private(inner: set[fx.Node], output: fx.Node, softmax: fx.Node, scores: set[fx.Node]) -> None:
     """Nothing outside of the match may see its scores or probabilities."""
     for node in inner - {output}:
-        outside = [user for user in node.users if user not in inner and not _is_check(user)]
+        outside = [user for user in node.users if user not in inner and not is_idle(user)]
         if outside:
             what = "scores" if node in scores else "attention probabilities"
             raise NoMatch(f"its {what} are used elsewhere, by {outside[0].name}")
@@ -618,53 +615,69 @@ def _check_mutation(written: Written) -> None:
 def _simplify(written: Written, reader: Reader) -> None:
     """Moves the operands to where they come from: over copies, reshapes and transposes that the views only undo, and over
     scalar factors, which belong to the scale: the feature map of the linear branch sees query and key unscaled."""
-    _peel(written.value, reader, scale=False)
+    _peel(written.value, reader)
     dtype = reader.value(written.value.node).dtype
     for operand in (written.query, written.key):
-        written.scale *= _peel(operand, reader, scale=True)
+        _peel_scale(operand, written, reader)
         if _peel_upcast(operand, dtype, reader):
-            written.scale *= _peel(operand, reader, scale=True)
+            _peel_scale(operand, written, reader)
     if len({reader.value(o.node).dtype for o in (written.query, written.key, written.value)}) > 1:
         raise NoMatch("its query, key and value have different dtypes")
 
 
-def _peel(operand: Operand, reader: Reader, *, scale: bool) -> float:
-    factor = 1.0
+def _peel_scale(operand: Operand, written: Written, reader: Reader) -> None:
+    """Moves scalar factors of query or key into the scale, wherever they stand among its views."""
+    while True:
+        _peel(operand, reader)
+        node, chain = operand.node, []
+        call = reader.call(node)
+        while call is not None and call.name in (*RESHAPES, *PERMUTES, *CASTS) and isinstance(call["input"], fx.Node):
+            chain.append(node)
+            node = call["input"]
+            call = reader.call(node)
+        if call is None or call.name not in ("mul", "div") or not isinstance(call["input"], fx.Node):
+            return
+        if not _like(call["input"], node, reader):
+            return
+        try:
+            written.scale = _scaled(call, call["input"], written.scale, written.scale_nodes, reader)
+        except NoMatch:
+            return
+        operand.skipped |= {node, *chain}
+        operand.node = call["input"]
+        operand.views = [*(("replay", each) for each in reversed(chain)), *operand.views]
+
+
+def _peel(operand: Operand, reader: Reader) -> None:
+    """Takes the tensor from before what its views undo, and from before what does nothing."""
     moved = True
     while moved:
         moved = False
         call = reader.call(operand.node)
         if call is None or not isinstance(call["input"], fx.Node):
-            break
-        source = call["input"]
-        if scale and call.name in ("mul", "div") and call["rounding_mode"] is None:
-            number = _number(call["other"], reader)
-            if number is not None and _like(source, operand.node, reader):
-                factor = factor * number if call.name == "mul" else factor / number
-                moved = _move(operand, source)
-        elif call.name in (*RESHAPES, *CASTS) and _like(source, operand.node, reader):
+            return
+        source, view = call["input"], operand.views[0] if operand.views else ("",)
+        if call.name in (*RESHAPES, *CASTS) and _like(source, operand.node, reader):
             moved = _move(operand, source)
-        elif operand.views and operand.views[0][0] == "permute" and call.name in PERMUTES:
+        elif view[0] == "permute" and call.name in PERMUTES:
             shape = reader.shape(source)
             order = permutation(call, len(shape)) if shape is not None else None
             if order is not None:
-                composed = tuple(order[i] for i in operand.views[0][1])
+                composed = tuple(order[i] for i in view[1])
                 operand.views = _without_identities([("permute", composed), *operand.views[1:]])
                 moved = _move(operand, source)
-        elif operand.views and operand.views[0][0] == "regroup" and call.name in RESHAPES:
-            ancestor, passed = _ancestor_of_shape(operand, reader, scale=scale)
+        elif view[0] == "regroup" and call.name in RESHAPES:
+            ancestor = _ancestor_of_shape(operand, reader)
             if ancestor is not None:
                 operand.views = operand.views[1:]
                 moved = _move(operand, ancestor)
-                factor *= passed
-    return factor
 
 
 def _move(operand: Operand, source: fx.Node) -> bool:
     """Takes the tensor from `source`, an ancestor along first inputs."""
     while operand.node is not source:
         operand.skipped.add(operand.node)
-        operand.node = next(iter(operand.node.all_input_nodes))
+        operand.node = operand.node.all_input_nodes[0]
     return True
 
 
@@ -674,27 +687,23 @@ def _like(left: fx.Node, right: fx.Node, reader: Reader) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and same_shape(a.shape, b.shape)
 
 
-def _ancestor_of_shape(operand: Operand, reader: Reader, *, scale: bool) -> tuple[fx.Node | None, float]:
+def _ancestor_of_shape(operand: Operand, reader: Reader) -> fx.Node | None:
     """The tensor whose reshape the operand is and which has the regrouped shape already."""
     _, number, _, sizes = operand.views[0]
     shape = reader.shape(operand.node)
     assert shape is not None
     wanted = (*sizes, *shape[number:])
-    node, factor = operand.node, 1.0
+    node = operand.node
     while True:
         call = reader.call(node)
-        if call is None or not isinstance(call["input"], fx.Node):
-            return None, 1.0
-        if scale and call.name == "mul" and _number(call["other"], reader) is not None:
-            factor *= float(call["other"])
-        elif call.name not in RESHAPES:
-            return None, 1.0
+        if call is None or not isinstance(call["input"], fx.Node) or call.name not in RESHAPES:
+            return None
         before, after = reader.value(call["input"]), reader.value(node)
         if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.dtype != after.dtype:
-            return None, 1.0
+            return None
         node = call["input"]
         if same_shape(before.shape, wanted):
-            return node, factor
+            return node
 
 
 def _peel_upcast(operand: Operand, dtype: torch.dtype, reader: Reader) -> bool:

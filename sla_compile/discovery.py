@@ -63,10 +63,7 @@ def discover(model: nn.Module, example_inputs: Any) -> list[AttentionCall]:
     """
     args, kwargs = _arguments(example_inputs)
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
-        memo = {
-            id(tensor): _fake(fakes, tensor)
-            for tensor in (*model.parameters(), *model.buffers())
-        }
+        memo = {id(tensor): _fake(fakes, tensor) for tensor in _held_tensors(model)}
         copied = copy.deepcopy(model, memo).eval()
         fake_args, fake_kwargs = tree_map_only(Tensor, fakes.from_tensor, (args, kwargs))
         try:
@@ -101,6 +98,19 @@ def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
         "example_inputs must be a tuple of positional or a dict of keyword arguments of the model's forward, got "
         f"{type(example_inputs).__name__}"
     )
+
+
+def _held_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers and tensors in plain attributes (tables, caches), which deepcopy cannot copy among fakes."""
+    plain = [
+        leaf
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name not in ("_parameters", "_buffers", "_modules")
+        for leaf in tree_leaves(value)
+        if isinstance(leaf, Tensor)
+    ]
+    return [*model.parameters(), *model.buffers(), *plain]
 
 
 def _fake(fakes: FakeTensorMode, tensor: Tensor) -> Tensor:

@@ -111,7 +111,8 @@ def _decide_by_calls(
         dims = {call.query.shape[-1] for call, reason in zip(made, reasons, strict=True) if reason is None}
         if len(dims) > 1:
             reasons = [f"calls with different head dimensions {sorted(dims)}"] * len(made)
-        best = reasons.index(None) if None in reasons else 0
+        # The row shows the longest call, among those that qualify if any does.
+        best = max(range(len(made)), key=lambda i: (reasons[i] is None, made[i].query.shape[-2]))
         reason, call = reasons[best], made[best]
         site = Site(
             name,

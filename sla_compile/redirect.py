@@ -51,11 +51,11 @@ class Redirection:
 class _AttentionMode(TorchFunctionMode):
     """Sends scaled_dot_product_attention to the owner's parameters; everything else passes."""
 
-    def __init__(self, sla: SparseLinearAttention | None, redirection: Redirection, cross: bool, calls: list) -> None:
+    def __init__(self, sla: SparseLinearAttention | None, redirection: Redirection, second: tuple | None, calls: list) -> None:
         super().__init__()
         self.sla = sla
         self.redirection = redirection
-        self.cross = cross
+        self.second = second
         self.calls = calls
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -84,7 +84,7 @@ class _AttentionMode(TorchFunctionMode):
             reason = self.redirection.dense_reason
         elif sla.dense:
             reason = "inside sla_compile.dense"
-        elif self.cross:
+        elif self.second is not None and not _is_joint(query, *self.second):
             reason = "cross-attention: a second sequence was passed"
         else:
             reason = why_dense(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, sla.config)
@@ -177,17 +177,23 @@ def run_redirected(owner: nn.Module, forward: Any, *args: Any, **kwargs: Any) ->
     return output
 
 
-def _second_given(second: tuple[str, int | None] | None, args: tuple, kwargs: dict) -> bool:
+def _second_given(second: tuple[str, int | None] | None, args: tuple, kwargs: dict) -> tuple[Any, Any] | None:
+    """The first and second sequence of a call of the owner's forward, where a second one is passed."""
     if second is None:
-        return False
+        return None
     name, position = second
     given = kwargs.get(name)
     if given is None and position is not None and len(args) > position:
         given = args[position]
-    if given is None:
+    first = args[0] if args else next(iter(kwargs.values()), None)
+    return None if given is None or given is first else (first, given)
+
+
+def _is_joint(query: Tensor, first: Any, second: Any) -> bool:
+    """Whether the query holds the tokens of both (B, L, C) sequences: they were concatenated to attend jointly."""
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor) and first.dim() == second.dim() == 3):
         return False
-    first = args[0] if args else next(iter(kwargs.values()))
-    return given is not first
+    return query.shape[-2] == first.shape[-2] + second.shape[-2]
 
 
 @torch.compiler.assume_constant_result

@@ -6,7 +6,10 @@ import ast
 import inspect
 import re
 import textwrap
+import types
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +21,10 @@ _PACKED = re.compile(r"(^|_)(to_)?qkv(_|$)|^c_attn$|^in_proj$")
 _JOINT = re.compile(r"^(add_[qkv]+_proj|to_added_q?kv|(txt|text|context|encoder)_.*(qkv|q_proj|attn).*)$")
 _SECOND = re.compile(r"^(encoder_hidden_states|context|cond|memory|key|encoder_.*|cross_.*|kv|y)$")
 _CROSS = re.compile(r"dense", re.IGNORECASE)
-_CALLS_ATTENTION = re.compile(r"scaled_dot_product_attention|dispatch_attention_fn")
+_ATTENTION = {"scaled_dot_product_attention", "dispatch_attention_fn"}
+_OTHER_ATTENTION = {"softmax", "multi_head_attention_forward", "get_attention_scores", "flex_attention"}
+_METADATA = {"shape", "ndim", "dtype", "device"}
+_CONCATENATE = {"cat", "concat", "concatenate"}
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,9 @@ def _ancestors(name: str) -> list[str]:
 
 def _describe(name: str, module: nn.Module, ancestors: list[nn.Module]) -> Owner:
     second = second_sequence(module)
-    joint = any(_JOINT.match(child) and layer is not None for child, layer in module.named_children()) or (
-        isinstance(getattr(module, "added_kv_proj_dim", None), int) and getattr(module, "is_cross_attention", None) is not True
+    joint = getattr(module, "is_cross_attention", None) is not True and (
+        any(_JOINT.match(child) and layer is not None for child, layer in module.named_children())
+        or isinstance(getattr(module, "added_kv_proj_dim", None), int)
     )
     verdict, why = _verdict(name.rpartition(".")[2], module, ancestors, second, joint)
     return Owner(name, module, head_dim(module), second, joint, verdict, why)
@@ -84,14 +91,18 @@ def _verdict(
         if ancestors and isinstance(ancestors[0], nn.TransformerEncoderLayer):
             return "dense", "nn.TransformerEncoderLayer may bypass its attention by a fused path"
         return "self", "decided per call: query, key and value are one tensor"
-    if processor is not None and _CALLS_ATTENTION.search(_source(type(processor)) or "dispatch_attention_fn") is None:
-        return "dense", f"{type(processor).__name__} does not call scaled_dot_product_attention"
+    caller = module if processor is None else processor
+    calls = names_used(caller)
+    if not calls & _ATTENTION and (processor is not None or calls & _OTHER_ATTENTION):
+        return "dense", f"{type(caller).__name__} does not call scaled_dot_product_attention"
     if joint:
         return "self", "joint attention of two sequences"
     if second is None:
         return "self", "takes one sequence"
     if getattr(module, "is_cross_attention", None) is False:
         return "self", "is_cross_attention is not set"
+    if concatenates(_attention_function(module), second):
+        return "self", f"its queries contain {second}"
     answers = [_passes(ancestor, name, module, second) for ancestor in ancestors]
     passed = next((answer for answer in answers if answer is not None), None)
     if passed is None:
@@ -132,9 +143,7 @@ def head_dim(module: nn.Module) -> int | None:
 
 def second_sequence(module: nn.Module) -> str | None:
     """The argument of the forward (or of the attention processor behind it) that may carry a second sequence."""
-    processor = getattr(module, "processor", None)
-    call = module.forward if processor is None else type(processor).__call__
-    for function in (call, module.forward):
+    for function in (_attention_function(module), module.forward):
         try:
             parameters = list(inspect.signature(function).parameters)
         except (TypeError, ValueError):
@@ -144,6 +153,73 @@ def second_sequence(module: nn.Module) -> str | None:
         if found:
             return found
     return None
+
+
+def _attention_function(module: nn.Module) -> Any:
+    """What computes the attention: the call of the owner's processor, or its own forward."""
+    processor = getattr(module, "processor", None)
+    return module.forward if processor is None else type(processor).__call__
+
+
+def names_used(caller: Any, depth: int = 3) -> set[str]:
+    """Names of functions and attributes in the code behind a call of `caller`, a module or any other callable.
+
+    It follows what the code refers to by name: methods and callable attributes of `caller`, functions of its file.
+    """
+    used: set[str] = set()
+    pending = [(caller, depth)]
+    seen: set[int] = set()
+    while pending:
+        target, left = pending.pop()
+        if id(target) in seen:
+            continue
+        seen.add(id(target))
+        owner = target
+        if not inspect.isroutine(target):
+            target = getattr(type(target), "forward" if isinstance(target, nn.Module) else "__call__", None)
+        function = inspect.unwrap(target) if callable(target) else None
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, types.FunctionType):
+            continue
+        names = set(_names(function.__code__))
+        used |= names
+        if left:
+            for name in names:
+                value = getattr(owner, name, None) if owner is not target else None
+                value = function.__globals__.get(name) if value is None else value
+                if callable(value) and not inspect.isclass(value):
+                    pending.append((value, left - 1))
+    return used
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def concatenates(function: Any, second: str) -> bool:
+    """Whether the queries of `function` come from a concatenation with the argument `second`: joint attention."""
+    source = _source(inspect.unwrap(function))
+    if source is None:
+        return False
+    derived, joined = {second}, set()  # names computed from `second`, and from a concatenation with it
+    for statement in _assignments(ast.parse(source)):
+        value = statement.value
+        for call in (node for node in ast.walk(value) if isinstance(node, ast.Call)):
+            if _called(call) in _ATTENTION and call.args:
+                return bool(_read(call.args[0]) & joined)
+        read = _read(value)
+        written = {node.id for target in _targets(statement) for node in ast.walk(target) if isinstance(node, ast.Name)}
+        concatenated = any(
+            _called(call) in _CONCATENATE and _read(call) & derived for call in ast.walk(value) if isinstance(call, ast.Call)
+        )
+        if read & derived:
+            derived |= written
+        if concatenated or read & joined:
+            joined |= written
+    return False
 
 
 def _source(definition: object) -> str | None:
@@ -181,3 +257,35 @@ def _call_passes(call: ast.Call, second: str, names: list[str]) -> bool | None:
         return False
     first = call.args[0] if call.args else given.get(names[0]) if names else None
     return not (first is not None and ast.dump(first) == ast.dump(value))
+
+
+def _called(call: ast.Call) -> str:
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ""
+
+
+def _assignments(tree: ast.AST) -> list[ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Return | ast.Expr]:
+    """Statements with a value, in the order of the source."""
+    kinds = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
+    found = [node for node in ast.walk(tree) if isinstance(node, kinds) and node.value is not None]
+    return sorted(found, key=lambda node: node.lineno)
+
+
+def _targets(statement: ast.stmt) -> list[ast.expr]:
+    if isinstance(statement, ast.Assign):
+        return statement.targets
+    return [statement.target] if isinstance(statement, (ast.AnnAssign, ast.AugAssign)) else []
+
+
+def _read(expression: ast.AST) -> set[str]:
+    """Names whose values go into an expression; shapes and comparisons do not count."""
+    if isinstance(expression, ast.Compare) or isinstance(expression, ast.Attribute) and expression.attr in _METADATA:
+        return set()
+    if isinstance(expression, ast.Call) and _called(expression) in ("size", "len"):
+        return set()
+    if isinstance(expression, ast.Name):
+        return {expression.id}
+    children = list(ast.iter_child_nodes(expression))
+    if isinstance(expression, ast.IfExp):
+        children.remove(expression.test)
+    return set().union(*(_read(child) for child in children))

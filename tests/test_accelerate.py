@@ -470,3 +470,36 @@ def test_unaccelerated_models_are_named():
     for function in (sla_compile.report, sla_compile.restore, lambda m: sla_compile.dense(m).__enter__()):
         with pytest.raises(ValueError, match="this TinyDiT was not accelerated"):
             function(build())
+
+
+def test_joint_attention_of_two_sequences_is_redirected():
+    """Text and video concatenated inside the attention (CogVideoX, single blocks of HunyuanVideo)."""
+
+    class Joint(SelfAttention):
+        def forward(self, x, context=None):
+            return super().forward(torch.cat([context, x], 1))
+
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Joint()
+
+        def forward(self, x, context):
+            return getattr(self, "layer")(x, context)  # noqa: B009: the source does not tell
+
+    model = sla_compile.accelerate(Caller().eval(), config=CONFIG, include="layer")
+    model(*make_inputs(200, context=30))
+    assert sla_compile.report(model).rewritten[0].shape == "(1, 2, 230, 16)"
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 200), (1, 1, 1, 200), (1, 200), (2, 2, 200, 200)])
+def test_spellings_of_a_key_padding_mask(shape):
+    attention, (x, _) = SelfAttention().eval(), make_inputs(batch=2)
+    mask = torch.rand(shape if len(shape) < 4 or shape[-2] == 1 else (2, 1, 1, 200)) > 0.3
+    mask = mask.expand(shape)  # the last one: expanded over heads and queries
+    expected = attention(x, mask)
+    sla_compile.accelerate(attention, config=CONFIG.replace(critical_blocks=100))
+    torch.testing.assert_close(attention(x, mask), expected, rtol=1e-5, atol=1e-5)
+    assert sla_compile.report(attention).rewritten
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)(x, mask)
+    torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)

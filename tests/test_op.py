@@ -236,7 +236,7 @@ def test_compiles_with_a_dynamic_length_and_without_recompiling(backend):
         output.sum().backward()
         expected.sum().backward()
         for one, other in zip(inputs, expected_inputs, strict=True):
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)  # silu is rounded otherwise
 
 
 def test_config_validates_and_round_trips():

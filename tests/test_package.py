@@ -9,6 +9,7 @@ from pathlib import Path
 from shutil import copy2, copytree, ignore_patterns
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -70,12 +71,12 @@ def unpacked(built, name, to):
 
 
 def run_python(program, *paths):
-    """Runs a program in a fresh interpreter with these folders added as site directories, away from the checkout."""
-    prelude = "import site, sys\n" + "".join(f"site.addsitedir({str(path)!r})\n" for path in paths)
-    # -P: neither the current folder nor the script's is on the path. An editable install of this checkout would win.
-    prelude += f"sys.meta_path[:] = [f for f in sys.meta_path if {str(ROOT)!r} not in str(getattr(f, 'MAPPING', ''))]\n"
-    prelude += f"sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]\n" if ROOT not in paths else ""
-    done = subprocess.run([sys.executable, "-P", "-W", "error", "-c", prelude + program], capture_output=True, text=True)
+    """Runs a program in a fresh interpreter that sees torch and these folders, but no installed sla_compile."""
+    packages = Path(torch.__file__).parent.parent
+    # -I and -S leave out the current folder and the .pth files of site-packages, through which editable installs work.
+    prelude = "".join(f"site.addsitedir({str(path)!r})\n" for path in paths)
+    prelude = f"import site, sys\n{prelude}sys.path.append({str(packages)!r})\n"
+    done = subprocess.run([sys.executable, "-ISW", "error", "-c", prelude + program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -103,7 +104,7 @@ def test_wheel_contents(built, name, tmp_path):
 
 
 def test_sdist_holds_what_its_tests_need(built):
-    (folder,) = (path for path in built[1].iterdir() if path.name.startswith("sla_compile-"))
+    (folder,) = (path for path in built[1].glob("sla_compile-*") if path.is_dir())
     for name in ("constraints.txt", "README.md", "CHANGELOG.md", "LICENSE", "tests/conftest.py", "examples/fine_tune.py"):
         assert (folder / name).is_file(), name
 

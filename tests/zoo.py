@@ -413,7 +413,7 @@ _add("Masked prompts", "NucleusMoEImageTransformer2DModel",
 _add("Masked prompts", "ZImageTransformer2DModel",
      {"in_channels": 4, "dim": 24, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
       "cap_feat_dim": 16, "axes_dims": [4, 4, 4], "axes_lens": [256, 32, 32]},
-     lambda n: {"x": [_r(4, 1, 24 + 4 * n, 28), _r(4, 1, 24, 20)], "t": _t(0.5, 2), "cap_feats": [_r(13, 16), _r(40, 16)]})  # fmt: skip
+     lambda n: {"x": [_r(4, 1, 24 + 4 * n, 28), _r(4, 1, 24, 20)], "t": _t(0.5, 2), "cap_feats": [_r(13, 16), _r(30, 16)]})  # fmt: skip
 _LUMINA = {
     "sample_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 24, "num_layers": 2, "num_attention_heads": 4,
     "num_kv_heads": 2, "multiple_of": 8,
