@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,25 +33,28 @@ class Workspace:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised contiguous tensor; the previous one of that name is overwritten."""
-        elements = 1
-        for size in shape:
-            elements *= size
-        buffer = self._buffers.get(name)
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised contiguous tensor; the previous one of that name and dtype is overwritten."""
+        slot = name, dtype or self.dtype
+        elements = math.prod(shape)
+        buffer = self._buffers.get(slot)
         if buffer is None or buffer.numel() < elements:
-            buffer = self._buffers[name] = torch.empty(elements, dtype=self.dtype)
+            buffer = self._buffers[slot] = torch.empty(elements, dtype=slot[1])
         return buffer[:elements].view(shape)
+
+    def copy(self, tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor in `dtype`: itself, or a copy in the buffer of that name."""
+        return tensor if tensor.dtype == dtype else self(name, *tensor.shape, dtype=dtype).copy_(tensor)
 
     def trim(self, limit: int) -> None:
         """Drops the largest buffers until the rest takes at most `limit` bytes."""
         kept = 0
-        for name, buffer in sorted(self._buffers.items(), key=lambda item: item[1].numel()):
+        for slot, buffer in sorted(self._buffers.items(), key=lambda item: item[1].numel()):
             kept += buffer.nbytes
             if kept > limit:
-                del self._buffers[name]
+                del self._buffers[slot]
 
 
 @contextmanager

@@ -22,7 +22,9 @@ PRODUCT_ROWS = 64
 
 
 def feature(tokens: Tensor, feature_map: str, out: Tensor) -> Tensor:
-    """phi of (..., D) tokens, written to `out`."""
+    """phi of (..., D) tokens in the dtype of `out`, written there."""
+    if tokens.dtype != out.dtype:
+        tokens = out.copy_(tokens)
     if feature_map == "softmax":
         return torch.softmax(tokens, -1, out=out)
     if feature_map == "relu":
@@ -43,7 +45,7 @@ class BlockSums:
     """``selected @ blocks``, rows at a time and in ascending order, in the way that is shorter.
 
     Where few blocks are selected they are summed; where few are not, these are subtracted from the total, which keeps
-    at least half of it; else it is a matrix product.
+    at least half of it; else, and always in bfloat16, whose total would be too coarse, it is a matrix product.
 
     Args:
         selected: boolean (rows, n).
@@ -54,7 +56,7 @@ class BlockSums:
         self.blocks, self.name, self.workspace = blocks, name, workspace
         count = int(selected.sum())
         rest = selected.numel() - count
-        self.lists = min(count, rest) * LISTED_COST < selected.numel()
+        self.lists = blocks.dtype != torch.bfloat16 and min(count, rest) * LISTED_COST < selected.numel()
         if not self.lists:
             self.weights, self.stop = selected.to(blocks.dtype), 0
             return
@@ -80,13 +82,23 @@ class BlockSums:
             )
         if stop > self.stop:
             self.start, self.stop = start, min(start + PRODUCT_ROWS, self.weights.shape[0])
-            self.sums = self.workspace(self.name, self.stop - start, self.blocks.shape[1])
+            self.sums = self.workspace(self.name, self.stop - start, self.blocks.shape[1], dtype=self.blocks.dtype)
             torch.mm(self.weights[start : self.stop], self.blocks[:-1], out=self.sums)
         return self.sums[start - self.start : stop - self.start]
 
 
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, with operands that may be of a lower precision."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += torch.mm(left, right)
+
+
 def _add_total(blocks: Tensor, start: int, stop: int) -> None:
     """Keeps the running total in the last row of blocks that are written in ascending order."""
+    if blocks.dtype == torch.bfloat16:
+        return
     total = blocks[start:stop].sum(0)
     if start:
         total += blocks[-1]
@@ -114,28 +126,36 @@ class LinearHead:
         workspace: Workspace,
     ) -> None:
         self.keys, self.values, self.weight, self.length = keys, values, weight, length
-        self.proj_weight, self.spec, self.workspace = proj_weight, spec, workspace
+        self.spec, self.workspace, self.operand = spec, workspace, keys.dtype
+        self.proj_weight = proj_weight.to(self.operand)
         count, block, dim = keys.shape
         self.everything = spec.linear == "all"
         self.key_step = max(1, CHUNK_TOKENS // block)
-        self.block_kv = workspace("block_kv", 1 if self.everything else count + 1, dim, dim)
+        self.block_kv = self._block_buffer("block_kv", count)
         self.block_k = workspace("block_k", count, dim)
         for start in range(0, count, self.key_step):
             stop = min(start + self.key_step, count)
             features, _ = self._features(start, stop)
-            projected = self._projected(start, stop)
             torch.sum(features, 1, out=self.block_k[start:stop])
+            features = workspace.copy(features, "features", self.operand)
+            projected = self._projected(start, stop)
             if self.everything:
-                tokens = features.flatten(0, 1)
-                torch.addmm(
-                    self.block_kv[0], tokens.t(), projected.flatten(0, 1), beta=float(start > 0), out=self.block_kv[0]
-                )
+                _accumulate(self.block_kv[0], features.flatten(0, 1).t(), projected.flatten(0, 1))
             else:
                 torch.bmm(features.transpose(1, 2), projected, out=self.block_kv[start:stop])
                 _add_total(self.block_kv, start, stop)
+        if self.everything:
+            self.block_kv = self.block_kv.to(self.operand)
+
+    def _block_buffer(self, name: str, count: int) -> Tensor:
+        """Room for a (D, D) matrix of each block and their total, or for their sum alone, zeroed."""
+        dim = self.keys.shape[2]
+        if self.everything:
+            return self.workspace(name, 1, dim, dim).zero_()
+        return self.workspace(name, count + 1, dim, dim, dtype=self.operand)
 
     def _features(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """phi(K) times the weight of each key, and without it."""
+        """phi(K) times the weight of each key, and without it, not yet as operands."""
         keys = self.keys[start:stop]
         features = feature(keys, self.spec.feature_map, self.workspace("features", *keys.shape))
         if stop == self.keys.shape[0]:  # keys past the end weigh nothing, and phi of zeros is not zero
@@ -147,7 +167,7 @@ class LinearHead:
 
     def _projected(self, start: int, stop: int) -> Tensor:
         values = self.values[start:stop]
-        projected = self.workspace("projected", *values.shape)
+        projected = self.workspace("projected", *values.shape, dtype=self.operand)
         torch.mm(values.flatten(0, 1), self.proj_weight.t(), out=projected.flatten(0, 1))
         return projected
 
@@ -176,26 +196,28 @@ class LinearHead:
     def forward(self, queries: Tensor, rows: slice, proj_bias: Tensor | None) -> Tensor:
         """O_l W^T + b of the query blocks `rows`, whose queries (rows, b_q, D) these are."""
         features, inverse = self._query_features(queries, rows)
-        features.mul_(inverse)
-        output = self.workspace("linear", *queries.shape)
+        features = self.workspace.copy(features.mul_(inverse), "query_features", self.operand)
+        output = self.workspace("linear", *queries.shape, dtype=self.operand)
         if proj_bias is None:
             return torch.bmm(features, self._sums(rows), out=output)
-        return torch.baddbmm(proj_bias, features, self._sums(rows), out=output)
+        return torch.baddbmm(proj_bias.to(self.operand), features, self._sums(rows), out=output)
 
     def start_backward(self) -> None:
         """Makes room for the gradients that the query blocks of a head hand to the key blocks."""
         rows, dim = self.marginal.shape[0], self.keys.shape[2]
-        self.grad_row_kv = self.workspace("grad_row_kv", 1 if self.everything else rows + 1, dim, dim)
+        self.grad_row_kv = self._block_buffer("grad_row_kv", rows)
         self.grad_row_k = self.workspace("grad_row_k", rows, dim)
 
-    def query_backward(self, grads: Tensor, queries: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Gradient of some query blocks' queries (rows, b_q, D), and their delta_l (rows, b_q, 1).
+    def query_backward(self, grads: Tensor, queries: Tensor, rows: slice) -> Tensor:
+        """Gradient of some query blocks' queries (rows, b_q, D).
 
         Args:
             grads: dO of those rows.
         """
         features, inverse = self._query_features(queries, rows)
-        result = torch.bmm(grads, self._sums(rows).transpose(1, 2), out=self.workspace("query_grads", *queries.shape))
+        product = self.workspace("query_grads", *queries.shape, dtype=self.operand)
+        torch.bmm(grads, self._sums(rows).transpose(1, 2), out=product)
+        result = self.workspace.copy(product, "query_grads", features.dtype)
         delta = torch.mul(features, result, out=self.workspace("products", *queries.shape)).sum(-1, keepdim=True)
         delta.mul_(inverse)
         result.addcmul_(delta, self.row_k[rows].transpose(1, 2), value=-1).mul_(inverse)
@@ -203,20 +225,14 @@ class LinearHead:
             result.sub_(delta * inverse, alpha=self.spec.epsilon)
         feature_backward(result, features, self.spec.feature_map)
 
-        features.mul_(inverse)
+        torch.bmm(delta.transpose(1, 2), features.mul_(inverse), out=self.grad_row_k[rows, None])
+        features = self.workspace.copy(features, "query_features", self.operand)
         if self.everything:
-            torch.addmm(
-                self.grad_row_kv[0],
-                features.flatten(0, 1).t(),
-                grads.flatten(0, 1),
-                beta=float(rows.start > 0),
-                out=self.grad_row_kv[0],
-            )
+            _accumulate(self.grad_row_kv[0], features.flatten(0, 1).t(), grads.flatten(0, 1))
         else:
             torch.bmm(features.transpose(1, 2), grads, out=self.grad_row_kv[rows])
             _add_total(self.grad_row_kv, rows.start, rows.stop)
-        torch.bmm(delta.transpose(1, 2), features, out=self.grad_row_k[rows, None])
-        return result, delta
+        return result
 
     def key_backward(self, grad_keys: Tensor, grad_values: Tensor, grad_proj_weight: Tensor) -> None:
         """Adds what the query head gives to the gradients of keys and values (T_n, b_k, D) and of the projection."""
@@ -224,6 +240,7 @@ class LinearHead:
         columns = self.marginal.t()
         if self.everything:
             grad_block_k = self.grad_row_k.sum(0).expand(count, -1)
+            self.grad_row_kv = self.grad_row_kv.to(self.operand)
         else:
             grad_block_k = torch.mm(columns.to(self.grad_row_k.dtype), self.grad_row_k)
             grad_block_kv = BlockSums(columns, self.grad_row_kv.flatten(1), "row_kv", self.workspace)
@@ -235,16 +252,19 @@ class LinearHead:
                 grad_kv = self.grad_row_kv.expand(stop - start, -1, -1)
             else:
                 grad_kv = grad_block_kv(start, stop).unflatten(1, self.grad_row_kv.shape[1:])
-            grad_features = self.workspace("query_grads", *features.shape)
-            torch.bmm(projected, grad_kv.transpose(1, 2), out=grad_features)
+
+            product = self.workspace("query_grads", *features.shape, dtype=self.operand)
+            torch.bmm(projected, grad_kv.transpose(1, 2), out=product)
+            grad_features = self.workspace.copy(product, "query_grads", features.dtype)
             grad_features -= grad_block_k[start:stop, None]
             if self.weight is not None:
                 grad_features *= self.weight[start:stop]
-            grad_projected = torch.bmm(weighted, grad_kv, out=self.workspace("products", *features.shape))
+            # The projected values have served: their buffer takes the gradient.
+            operand = self.workspace.copy(weighted, "features", self.operand)
+            tokens = torch.bmm(operand, grad_kv, out=projected).flatten(0, 1)
             if self.spec.feature_map == "softmax":
-                torch.mul(grad_features, features, out=projected)
-                grad_features -= projected.sum(-1, keepdim=True)
+                products = torch.mul(grad_features, features, out=self.workspace("products", *features.shape))
+                grad_features -= products.sum(-1, keepdim=True)
             grad_keys[start:stop] += feature_backward(grad_features, features, self.spec.feature_map)
-            tokens = grad_projected.flatten(0, 1)
-            grad_values[start:stop].flatten(0, 1).addmm_(tokens, self.proj_weight)
-            grad_proj_weight.addmm_(tokens.t(), values.flatten(0, 1))
+            _accumulate(grad_values[start:stop].flatten(0, 1), tokens, self.proj_weight)
+            _accumulate(grad_proj_weight, tokens.t(), values.flatten(0, 1))

@@ -67,7 +67,9 @@ def add_demo(commands: Subcommands) -> None:
         help="of the measurement; auto is bfloat16 on cuda and float32, which the CPU kernel computes in, on the cpu",
     )
     parser.add_argument("--output", type=Path, default=Path("sla-demo.png"), help="where the picture goes")
-    parser.add_argument("--no-compile", action="store_true", help="run without torch.compile, which needs a C++ compiler")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="do not use torch.compile, which needs a C++ compiler"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -128,7 +130,9 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: sparse-linear attention runs on cpu and cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here")
+        raise UsageError(
+            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
+        )
     return device
 
 

@@ -98,7 +98,7 @@ def run(options: DemoOptions) -> int:
         inputs = make_inputs(options.clip, options.device, options.dtype)
         accelerated = accelerate(copy.deepcopy(dense), config=config, example_inputs=inputs)
     console.print(
-        f"{options.layers} layers of Wan2.1-1.3B's configuration (12 heads of 128, text cross-attention), random weights, "
+        f"Wan2.1-1.3B with {options.layers} of its 30 layers (12 heads of 128, text cross-attention), random weights, "
         f"on a video of {options.clip}\n{_where(options)}"
     )
     console.print(report(accelerated))
@@ -184,9 +184,9 @@ def _compare(
     config: SLAConfig,
 ) -> None:
     """Prints times of dense and accelerated, taken in turn, and how far apart their outputs are."""
-    query, key, value = attention
+    head_dim = attention[0].shape[-1]
     # As freshly attached: zero, so the linear branch is computed and adds nothing before it is trained.
-    weight, bias = (torch.zeros(shape, device=query.device) for shape in ((query.shape[-1],) * 2, query.shape[-1:]))
+    weight, bias = (torch.zeros(shape, device=options.device) for shape in ((head_dim, head_dim), head_dim))
 
     def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value)
@@ -200,12 +200,17 @@ def _compare(
     table = Table(title=f"Dense against accelerated, {'both compiled' if options.compile else 'both in eager mode'}")
     for column in ("", "dense, ms", "accelerated, ms", "dense / accelerated", "relative difference"):
         table.add_column(column, justify="left" if not column else "right")
-    dense_model, sla_model = prepared(dense), prepared(accelerated)
-    rows = (
-        ("attention of the last layer", ATTENTION_REPEATS, prepared(dense_attention), prepared(sla_attention), attention, {}),
-        ("whole forward", FORWARD_REPEATS, dense_model, sla_model, (), inputs),
+    rows: tuple[tuple[str, int, tuple[Callable[..., Any], ...], tuple, dict[str, Any]], ...] = (
+        (
+            "attention of the last layer",
+            ATTENTION_REPEATS,
+            (prepared(dense_attention), prepared(sla_attention)),
+            attention,
+            {},
+        ),
+        ("whole forward", FORWARD_REPEATS, (prepared(dense), prepared(accelerated)), (), inputs),
     )
-    for name, repeats, *functions, args, kwargs in rows:
+    for name, repeats, functions, args, kwargs in rows:
         outputs = []
         for function, kind in zip(functions, ("dense", "accelerated"), strict=True):
             with _status(console, f"{'compiling' if options.compile else 'warming up'}: {name}, {kind}"):
@@ -215,7 +220,7 @@ def _compare(
         with _status(console, f"measuring: {name}"):
             for _ in range(repeats):
                 for function, taken in zip(functions, times, strict=True):
-                    taken.append(_seconds(lambda f=function: f(*args, **kwargs), options.device))
+                    taken.append(_seconds(function, args, kwargs, options.device))
         first, second = (statistics.median(taken) for taken in times)
         difference = relative_difference(outputs[1], outputs[0])
         table.add_row(name, f"{first * 1e3:.0f}", f"{second * 1e3:.0f}", f"{first / second:.2f}", f"{difference:.3f}")
@@ -241,7 +246,11 @@ def draw_blocks(block_map: Tensor, path: Path, title: str, heads: int = 4) -> No
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    classes = (("negligible: skipped", "#e8e8e8"), ("marginal: linear attention", "#9ecae1"), ("critical: exact", "#b2182b"))
+    classes = (
+        ("negligible: skipped", "#e8e8e8"),
+        ("marginal: linear attention", "#9ecae1"),
+        ("critical: exact", "#b2182b"),
+    )
     heads = min(heads, block_map.shape[1])
     figure = Figure(figsize=(3.2 * heads, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -280,15 +289,24 @@ def _fine_tune(console: Console, options: DemoOptions, model: nn.Module) -> bool
             loss = F.mse_loss(output.float(), target)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            reached |= {i for i, p in enumerate(added) if p.grad is not None and bool(p.grad.isfinite().all() & p.grad.any())}
+            reached |= {
+                i for i, p in enumerate(added) if p.grad is not None and bool(p.grad.isfinite().all() & p.grad.any())
+            }
             optimizer.step()
             losses.append(loss.item())
             progress.update(task, advance=1, loss=f"{losses[-1]:.3f}")
     fell, complete = losses[-1] < losses[0] or options.steps == 1, len(reached) == len(added)
-    console.print(f"Fine-tuning, {options.steps} steps on one synthetic clip of {clip.tokens} tokens, all weights trained:")
+    console.print(
+        f"Fine-tuning, {options.steps} steps on one synthetic clip of {clip.tokens} tokens, all weights trained:"
+    )
     console.print(f"  loss {' '.join(f'{loss:.3f}' for loss in losses)}  {_verdict(fell)} it fell")
     console.print(f"  {_verdict(complete)} gradients reached {len(reached)} of the {len(added)} added parameters")
     return fell and complete
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    gradient = parameter.grad
+    return gradient is not None and bool(gradient.isfinite().all() and gradient.any())
 
 
 def synthetic_latents(clip: Clip, random: torch.Generator) -> Tensor:
@@ -300,11 +318,11 @@ def synthetic_latents(clip: Clip, random: torch.Generator) -> Tensor:
     return (amplitude * wave.sin())[None]
 
 
-def _seconds(function: Callable[[], Any], device: torch.device) -> float:
+def _seconds(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
-    function()
+    function(*args, **kwargs)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began

@@ -90,7 +90,7 @@ def sparse_linear_attention_backward_op(
     bias = key_bias(key_padding_mask, query.shape[0], query.shape[2])
     routing = (sparsity, negligible, critical_blocks, (pinned_first, pinned_last))
     blocks = _blocks(query, key, block_map, bias, spec, routing)
-    *grads, grad_weight, grad_bias = _kernels(query).backward(
+    grads = _kernels(query).backward(
         grad_output,
         query,
         key,
@@ -103,8 +103,7 @@ def sparse_linear_attention_backward_op(
         proj_bias=proj_bias,
         key_bias=bias,
     )
-    empty = query.new_empty(0)
-    return (*grads, empty if grad_weight is None else grad_weight, query.new_empty(0) if grad_bias is None else grad_bias)
+    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def op_scalars(config: SLAConfig, head_dim: int, scale: float | None) -> tuple:
@@ -128,7 +127,9 @@ def default_scale(scale: float | None, head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
-def _blocks(query, key, block_map, bias, spec, routing) -> Tensor:
+def _blocks(
+    query: Tensor, key: Tensor, block_map: Tensor | None, bias: Tensor | None, spec: Spec, routing: tuple
+) -> Tensor:
     if block_map is not None:
         return block_map
     sparsity, negligible, critical_blocks, pinned = routing
@@ -149,8 +150,10 @@ def _blocks(query, key, block_map, bias, spec, routing) -> Tensor:
 def _kernels(query: Tensor) -> ModuleType:
     """The module whose forward and backward run on the tensor's device."""
     if query.device.type == "cuda":
-        from sla_compile.kernels import gpu
-
+        try:
+            from sla_compile.kernels import gpu
+        except ModuleNotFoundError as error:
+            raise NotImplementedError(f"CUDA tensors need Triton, which this build of torch lacks: {error}") from error
         return gpu
     if query.device.type == "cpu":
         from sla_compile.kernels import cpu
@@ -173,8 +176,7 @@ def _forward_fake(query, key, value, *_):
 
 @sparse_linear_attention_backward_op.register_fake
 def _backward_fake(grad_output, query, key, value, output, logsumexp, proj_weight, proj_bias, *_):
-    parameters = (query.new_empty(0) if p is None else torch.empty_like(p, memory_format=torch.contiguous_format)
-                  for p in (proj_weight, proj_bias))
+    parameters = (query.new_empty(0) if p is None else p.new_empty(p.shape) for p in (proj_weight, proj_bias))
     return (*(_like_transposed(t) for t in (query, key, value)), *parameters)
 
 

@@ -172,8 +172,8 @@ def run_redirected(owner: nn.Module, forward: Any, *args: Any, **kwargs: Any) ->
     calls: list[Any] = []  # not an attribute of the mode: Dynamo does not follow writes to that
     with _AttentionMode(sla, redirection, _second_given(redirection.second, args, kwargs), calls):
         output = forward(*args, **kwargs)
-    if not calls:
-        _warn_unseen(redirection)
+    if not calls and redirection.dense_reason is None:
+        _warn_unseen(redirection.name)
     return output
 
 
@@ -197,15 +197,14 @@ def _is_joint(query: Tensor, first: Any, second: Any) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _warn_unseen(redirection: Redirection) -> None:
-    """Runs while Dynamo traces, too. It names the site, which then becomes a guard, so only where something is wrong."""
-    if redirection.dense_reason is None:
-        warnings.warn(
-            f"sla_compile: {redirection.name or 'the model'} ran without calling scaled_dot_product_attention, so it "
-            "computed dense attention or none (another attention backend, a cached result, or a checkpoint inside its "
-            "own forward); use the native attention backend there, or exclude it from accelerate",
-            stacklevel=2,
-        )
+def _warn_unseen(name: str) -> None:
+    """Runs while Dynamo traces, too. The name then becomes a guard, so it is read only where something is wrong."""
+    warnings.warn(
+        f"sla_compile: {name or 'the model'} ran without calling scaled_dot_product_attention, so it computed dense "
+        "attention or none (another attention backend, a cached result, or a checkpoint inside its own forward); use "
+        "the native attention backend there, or exclude it from accelerate",
+        stacklevel=2,
+    )
 
 
 def _check_context_parallel(owner: nn.Module, redirection: Redirection, sla: SparseLinearAttention) -> None:

@@ -117,6 +117,7 @@ def test_inductor_fuses_around_the_op_and_copies_nothing():
     assert sum("= async_compile" in line for line in kernels) == 2, "one kernel before the op and one after, no copies"
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.11's autotuner
 def test_max_autotune():
     model = accelerated()
     compiled = torch.compile(model, mode="max-autotune", fullgraph=True)

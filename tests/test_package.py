@@ -18,8 +18,8 @@ from sla_compile._compat import MINIMUM_TORCH, check_torch
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
-NOT_IMPORTED = {"triton", "tensorrt", "tensorrt_rtx", "torch_tensorrt", "onnx", "onnxscript", "onnxruntime", "diffusers",
-                "transformers", "accelerate", "peft", "matplotlib"}  # fmt: skip
+NOT_IMPORTED = {"triton", "tensorrt", "tensorrt_rtx", "torch_tensorrt", "onnx", "onnxscript", "onnxruntime"}
+NOT_IMPORTED |= {"diffusers", "transformers", "accelerate", "peft", "matplotlib"}
 
 
 def folder_of(package):
@@ -42,7 +42,15 @@ def built(tmp_path_factory):
     """Folder with a wheel, a wheel made from the sdist, and an editable wheel, all from a copy of the checkout."""
     checkout, output = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("built")
     for path in ROOT.iterdir():
-        if path.is_dir() and path.name in ("sla_compile", "kernels", "passes", "tests", "examples", "docs", "benchmarks"):
+        if path.is_dir() and path.name in (
+            "sla_compile",
+            "kernels",
+            "passes",
+            "tests",
+            "examples",
+            "docs",
+            "benchmarks",
+        ):
             copytree(path, checkout / path.name, ignore=ignore_patterns("__pycache__"))
         elif path.is_file():
             copy2(path, checkout)
@@ -57,7 +65,9 @@ tarfile.open(output + "/" + sdist).extractall(output, filter="data")
 os.chdir(output + "/" + sdist.removesuffix(".tar.gz"))
 build_meta.build_wheel(output + "/from_sdist")
 """
-    done = subprocess.run([sys.executable, "-c", program, checkout, output], cwd=checkout, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, checkout, output], cwd=checkout, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
     return checkout, output
@@ -98,14 +108,29 @@ def test_wheel_contents(built, name, tmp_path):
     modules = modules_on_disk()
     assert {entry for entry in names if entry.endswith(".py")} == set(modules)
     others = {entry.split("/", 1)[1] for entry in names if not entry.endswith(".py")}
-    assert others == {"py.typed", "METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
+    assert others == {
+        "py.typed",
+        "METADATA",
+        "WHEEL",
+        "RECORD",
+        "entry_points.txt",
+        "top_level.txt",
+        "licenses/LICENSE",
+    }
     for entry, path in modules.items():
         assert (tmp_path / entry).read_bytes() == path.read_bytes()
 
 
 def test_sdist_holds_what_its_tests_need(built):
     (folder,) = (path for path in built[1].glob("sla_compile-*") if path.is_dir())
-    for name in ("constraints.txt", "README.md", "CHANGELOG.md", "LICENSE", "tests/conftest.py", "examples/fine_tune.py"):
+    for name in (
+        "constraints.txt",
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "tests/conftest.py",
+        "examples/fine_tune.py",
+    ):
         assert (folder / name).is_file(), name
 
 
@@ -142,7 +167,9 @@ def test_entry_points_exist():
         assert callable(getattr(import_module(module), name)), point
 
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.11.0a0+git1234567", "2.12.1+cu130", "2.13.0+cpu", "2.15.0.dev20261101"])
+@pytest.mark.parametrize(
+    "version", ["2.11.0", "2.11.0a0+git1234567", "2.12.1+cu130", "2.13.0+cpu", "2.15.0.dev20261101"]
+)
 def test_supported_torch(version):
     check_torch(version)
 

@@ -12,7 +12,8 @@ pytest.importorskip("diffusers")
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-COMMANDS = re.findall(r"^    (\S.*)$", re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+COMMANDS = re.findall(r"^    (\S.*)$", re.sub(r"(?ms)^```.*?^```$", "", README), re.MULTILINE)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
 
 
 def test_there_are_examples():
@@ -45,13 +46,14 @@ def test_commands_are_the_real_ones(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*demo.removeprefix("sla-compile ").split(), "--help"])
     assert stopped.value.code == 0
-    for option in re.findall(r"`(--[\w-]+)`", README):
-        assert option in capsys.readouterr().out
+    told = capsys.readouterr().out
+    options = re.findall(r"`(--[\w-]+)`", README)
+    assert options
+    assert all(option in told for option in options)
     assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", *(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md"))])
-def test_links_lead_somewhere(name):
-    page = ROOT / name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), f"{name} links to {target}"
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -1,0 +1,330 @@
+"""The CPU kernels against the float64 reference: output, log-sum-exp and every gradient, within a derived error budget."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import kernel_cases
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, NAMES, Case
+from torch import Tensor
+from torch.nn import functional as F
+
+from sla_compile.kernels import cpu, cpu_blocks, cpu_linear
+from sla_compile.kernels.routing import route
+from sla_compile.kernels.spec import Spec
+
+EXAMPLES = int(os.environ.get("SLA_HYPOTHESIS_EXAMPLES", "40"))
+
+
+@pytest.fixture(autouse=True)
+def filled_with_nan() -> Iterator[None]:
+    """What torch.empty gives is NaN, so that an element nobody writes is seen."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+def draw(case: Case) -> tuple[list[Tensor | None], Tensor, Tensor, Spec, Tensor | None]:
+    """query, key, value, proj_weight and proj_bias; grad_output, block map, spec and key bias of a case."""
+    generator = torch.Generator().manual_seed(case.seed)
+    spec = Spec(case.scale or case.dim**-0.5, case.feature_map, case.linear, case.block_q, case.block_k)
+    inputs: list[Tensor | None] = [
+        kernel_cases.tokens(case, case.heads, 0, generator),
+        kernel_cases.tokens(case, case.kv_heads, 3, generator),
+        kernel_cases.tokens(case, case.kv_heads, 4, generator),
+        None,
+        None,
+    ]
+    if case.linear != "none":
+        inputs[3] = (torch.randn(case.dim, case.dim, generator=generator) * case.dim**-0.5).to(DTYPES[case.proj_dtype])
+        inputs[4] = torch.randn(case.dim, generator=generator).to(DTYPES[case.proj_dtype]) if case.bias else None
+    classes = kernel_cases.block_map(case, generator)
+    bias = kernel_cases.key_bias(case, generator)
+    if case.grad == "expanded":
+        grad = torch.ones((), dtype=inputs[0].dtype).expand(inputs[0].shape)
+    else:
+        grad = kernel_cases.tokens(replace(case, magnitude=1.0), case.heads, 5, generator)
+    return inputs, grad, classes, spec, bias
+
+
+def run(inputs: list[Tensor | None], grad: Tensor, classes: Tensor, spec: Spec, bias: Tensor | None) -> list[Any]:
+    """Output, log-sum-exp and the five gradients of the kernels."""
+    options = dict(proj_weight=inputs[3], proj_bias=inputs[4], key_bias=bias)
+    output, logsumexp = cpu.forward(*inputs[:3], classes, spec, **options)
+    grads = cpu.backward(grad, *inputs[:3], output, logsumexp, classes, spec, **options)
+    return [output, logsumexp, *grads]
+
+
+def check(case: Case) -> None:
+    """Asserts that every result is within twice the error of the dense formula in the tested dtype, plus the rounding
+    band of `kernel_cases.ratio`; float64 within 1e-10."""
+    if case.dtype == "fp64":
+        case = replace(case, proj_dtype="fp64")
+    inputs, grad, classes, spec, bias = draw(case)
+    dtype = inputs[0].dtype
+    oracle = kernel_cases.evaluate(
+        [None if t is None else t.double() for t in inputs], grad.double(), classes, spec, bias
+    )
+    eager = kernel_cases.evaluate(
+        [None if t is None else t.to(dtype) for t in inputs], grad, classes, spec, bias
+    )
+    results = run(inputs, grad, classes, spec, bias)
+
+    assert results[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert results[1].is_contiguous()
+    for result in (results[0], *results[2:5]):
+        assert result.dtype == dtype and result.transpose(1, 2).is_contiguous(), result.stride()
+    for result, parameter in zip(results[5:], inputs[3:], strict=True):
+        assert (result is None) == (parameter is None)
+        assert result is None or (result.dtype, result.shape) == (parameter.dtype, parameter.shape)
+
+    # Differences cancel inside the gradients (dP - delta), so the largest gradient to q, k and v measures all three. A
+    # log-sum-exp that is off by x makes probabilities off by the share x: its unit is 1.
+    shared = max(exact.abs().max().item() for exact in oracle[2:5])
+    scales = [0.0, 1.0, shared, shared, shared, 0.0, 0.0]
+    for name, result, exact, low, scale in zip(NAMES, results, oracle, eager, scales, strict=True):
+        if result is None:
+            continue
+        assert kernel_cases.ratio(result, exact, low, scale, case.length) <= 1, name  # NaN fails
+        if dtype == torch.float64:
+            finite = exact.isfinite()
+            worst = (result - exact)[finite].abs().max().item() if finite.any() else 0.0
+            assert worst <= 1e-10 * max(scale, exact[finite].abs().max().item() if finite.any() else 0.0, 1.0), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(length=256, dim=64),
+        Case(length=300, dim=40),
+        Case(length=700, dim=128, batch=2, heads=1, kv_heads=1),
+        Case(length=520, dim=88, block_q=128),
+        Case(length=200, dim=256, heads=1, kv_heads=1),
+        Case(length=130, dim=4),
+        Case(length=130, dim=12, linear="all"),
+        Case(length=1, dim=32),
+        Case(length=64, dim=64, block_q=128),
+    ],
+    ids=str,
+)
+def test_shapes(case: Case, dtype: str) -> None:
+    check(replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("mask", ["", "keys"])
+@pytest.mark.parametrize("linear", ["marginal", "all", "none"])
+@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
+def test_linear_branches(feature_map: str, linear: str, mask: str, dtype: str) -> None:
+    check(Case(length=250, dim=24, feature_map=feature_map, linear=linear, mask=mask, dtype=dtype))
+
+
+@pytest.mark.parametrize("linear", ["marginal", "all"])
+@pytest.mark.parametrize("blocks", ["critical", "marginal", "negligible", "none"])
+def test_classes_of_blocks(blocks: str, linear: str) -> None:
+    for dtype in ("fp64", "fp32", "bf16"):
+        check(Case(length=450, dim=32, blocks=blocks, linear=linear, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["blhd", "bhld", "packed", "padded", "spread"])
+def test_layouts(layout: str, dtype: str) -> None:
+    for length in (192, 200):  # read in place, and copied because of the tail
+        check(Case(length=length, dim=32, layout=layout, dtype=dtype, batch=2))
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "fp16"])
+def test_expanded_gradient(dtype: str) -> None:
+    check(Case(length=192, dim=64, grad="expanded", dtype=dtype))
+
+
+@pytest.mark.parametrize("linear", ["marginal", "all", "none"])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+def test_shared_key_heads(linear: str, dtype: str) -> None:
+    check(Case(length=330, dim=32, heads=6, kv_heads=2, linear=linear, dtype=dtype, batch=2))
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("mask", ["keys", "additive", "row"])
+def test_key_bias(mask: str, dtype: str) -> None:
+    for linear in ("marginal", "all", "none"):
+        check(Case(length=300, dim=32, batch=2, mask=mask, linear=linear, dtype=dtype))
+
+
+@pytest.mark.parametrize("proj_dtype", ["bf16", "fp16", "fp32", "fp64"])
+def test_parameters_keep_their_dtype(proj_dtype: str) -> None:
+    check(Case(length=200, dim=32, proj_dtype=proj_dtype, dtype="fp32"))
+    check(Case(length=200, dim=32, proj_dtype=proj_dtype, bias=False, dtype="bf16"))
+
+
+@pytest.mark.parametrize("few", ["critical", "marginal"])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+def test_sums_by_list(few: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block in 23 is the odd one out: it is summed, or subtracted from the total, instead of a matrix product."""
+    case = Case(length=23 * 64 - 5, dim=16, heads=1, kv_heads=1, dtype=dtype, seed=4)
+    inputs, grad, classes, spec, bias = draw(case)
+    classes.fill_(0 if few == "critical" else 1)
+    for row in range(classes.shape[2]):
+        classes[..., row, (5 * row) % 23] = 1 if few == "critical" else 0
+    used = []
+    built = cpu_linear.BlockSums.__init__
+
+    def spy(self: Any, *arguments: Any) -> None:
+        built(self, *arguments)
+        used.append(self.lists)
+
+    monkeypatch.setattr(kernel_cases, "block_map", lambda *_: classes)
+    monkeypatch.setattr(cpu_linear.BlockSums, "__init__", spy)
+    check(case)
+    assert used == [True] * 3  # forward; rows and columns of the backward
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_all_critical_is_dense_attention(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 3, 200, 40).to(dtype) for _ in range(3))
+    classes = torch.ones(2, 3, 4, 4, dtype=torch.int8)
+    output, _ = cpu.forward(query, key, value, classes, Spec(0.3), proj_weight=torch.randn(40, 40, dtype=dtype))
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.3)
+    dense = F.scaled_dot_product_attention(query, key, value, scale=0.3)
+    error, theirs = ((x.double() - exact).abs().max().item() for x in (output, dense))
+    assert error <= 2 * theirs + 16 * torch.finfo(dtype).eps * exact.abs().max().item()
+
+
+def test_undefined_denominators_give_zero() -> None:
+    """relu of negative queries, or keys without weight: no linear part and no gradient through it, instead of NaN."""
+    for mask in ("", "row"):
+        case = Case(length=200, dim=16, feature_map="relu", mask=mask, dtype="fp32", batch=2)
+        inputs, grad, classes, spec, bias = draw(case)
+        inputs[0] = -inputs[0].abs()
+        inputs[4] = None
+        output, _, grad_query, _, _, grad_weight, _ = run(inputs, grad, classes, spec, bias)
+        sparse = replace(spec, linear="none")
+        alone, _, grad_alone, *_ = run([*inputs[:3], None, None], grad, classes, sparse, bias)
+        torch.testing.assert_close(output, alone)
+        torch.testing.assert_close(grad_query, grad_alone, rtol=1e-4, atol=1e-5)
+        assert not grad_weight.any()
+
+
+def test_large_scores_stay_finite() -> None:
+    """A single key that outshines all others by more than exp can hold, and keys whose features underflow in fp16."""
+    for dtype in ("fp32", "bf16", "fp16"):
+        case = Case(length=200, dim=32, magnitude=25.0, dtype=dtype, scale=1.0)
+        inputs, grad, classes, spec, bias = draw(case)
+        for result in run(inputs, grad, classes, spec, bias):
+            assert result.isfinite().all()
+
+
+def test_results_do_not_depend_on_what_ran_before() -> None:
+    """Buffers are kept between calls: neither a larger call before nor another thread's changes a number."""
+    case = Case(length=300, dim=32, dtype="fp32")
+    drawn = draw(case)
+    first = run(*drawn)
+    check(Case(length=900, dim=64, dtype="fp32", mask="row", batch=2))
+    others: list[Any] = []
+    threads = [threading.Thread(target=lambda: others.append(run(*drawn))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    again = run(*drawn)
+    for thread in threads:
+        thread.join()
+    assert len(others) == 2
+    for results in (again, *others):
+        for one, two in zip(first, results, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_kept_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_blocks, "KEPT_BYTES", 100_000)
+    with cpu_blocks.thread_workspace(torch.float32) as workspace:
+        workspace("small", 20_000)
+        workspace("large", 200_000)
+        with cpu_blocks.thread_workspace(torch.float32) as other:
+            assert other is not workspace
+    with cpu_blocks.thread_workspace(torch.float32) as workspace:
+        assert sum(buffer.nbytes for buffer in workspace._buffers.values()) <= 100_000
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    kv_heads = draw(st.sampled_from([1, 2]))
+    return Case(
+        length=draw(st.integers(1, 400)),
+        dim=draw(st.sampled_from([4, 12, 40, 64, 88, 128]) | st.integers(1, 32)),
+        batch=draw(st.sampled_from([1, 1, 2])),
+        heads=kv_heads * draw(st.sampled_from([1, 2])),
+        kv_heads=kv_heads,
+        dtype=draw(st.sampled_from(sorted(DTYPES))),
+        linear=draw(st.sampled_from(["marginal", "all", "none"])),
+        feature_map=draw(st.sampled_from(["softmax", "elu", "relu"])),
+        block_q=draw(st.sampled_from([64, 128])),
+        blocks=draw(st.sampled_from(["random", "random", "critical", "marginal", "negligible", "none"])),
+        layout=draw(st.sampled_from(["blhd", "bhld", "packed", "padded", "spread"])),
+        grad=draw(st.sampled_from(["same", "expanded"])),
+        mask=draw(st.sampled_from(["", "keys", "additive", "row"])),
+        proj_dtype=draw(st.sampled_from(["fp32", "bf16"])),
+        bias=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cases())
+def test_any_case(case: Case) -> None:
+    check(case)
+
+
+def test_memory_is_bounded_by_chunks() -> None:
+    """Forward and backward at 6144 tokens hold a small part of what one L x L matrix (151 MB) would take."""
+    script = """
+        import resource, torch
+        from sla_compile.kernels import cpu
+        from sla_compile.kernels.routing import route
+        from sla_compile.kernels.spec import Spec
+
+        torch.set_num_threads(1)
+        def tokens(length):
+            return [torch.randn(1, length, 2, 64).transpose(1, 2) for _ in range(4)]
+        def call(query, key, value, grad):
+            spec = Spec(0.125)
+            classes = route(query, key, scale=0.125, block_q=64, block_k=64, sparsity=0.95, negligible=0.1)
+            options = dict(proj_weight=torch.randn(64, 64), proj_bias=torch.randn(64))
+            output, logsumexp = cpu.forward(query, key, value, classes, spec, **options)
+            cpu.backward(grad, query, key, value, output, logsumexp, classes, spec, **options)
+        call(*tokens(128))
+        inputs = tokens(6144)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        call(*inputs)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    command = [sys.executable, "-c", "import sla_compile\n" + textwrap.dedent(script)]
+    kilobytes = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    if sys.platform == "darwin":
+        kilobytes //= 1024  # bytes there
+    assert kilobytes < 50_000  # of which 13 MB are the results
+
+
+def test_routed_attention_matches_the_reference() -> None:
+    """Routing, then the kernels, as the op calls them: ragged, with a budget of blocks that differs from T_n."""
+    query, key, value = (torch.randn(1, 2, 1000, 32, dtype=torch.float64) for _ in range(3))
+    classes = route(query, key, scale=0.2, block_q=64, block_k=64, sparsity=0.8, negligible=0.2)
+    weight, bias = torch.randn(32, 32, dtype=torch.float64), torch.randn(32, dtype=torch.float64)
+    output, logsumexp = cpu.forward(query, key, value, classes, Spec(0.2), proj_weight=weight, proj_bias=bias)
+    exact = kernel_cases.evaluate([query, key, value, weight, bias], torch.ones_like(query), classes, Spec(0.2), None)
+    torch.testing.assert_close(output, exact[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(logsumexp, exact[1], rtol=1e-10, atol=1e-10)
