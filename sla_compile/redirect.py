@@ -242,13 +242,14 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
 
     NOTE [Checkpoints need a mode outside]
     Dynamo refuses a mode that is first entered inside a compiled activation checkpoint, as an unsafe side effect; one
-    that stands outside already makes it none. So a mode that does nothing surrounds the model while it is traced.
+    that stands outside already makes it none. So a mode that does nothing surrounds the model while it is traced for
+    training; not for inference, because Dynamo mistakes values after a graph break inside of a mode (Mochi has one).
     """
     base_forward = base.forward
 
     @functools.wraps(base_forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
             with _NoRedirect():
                 return base_forward(self, *args, **kwargs)
         return base_forward(self, *args, **kwargs)

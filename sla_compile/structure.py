@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 _HEADS = ("heads", "num_heads", "n_heads", "num_attention_heads", "n_head", "nheads", "num_query_heads", "num_q_heads")
-_HEAD_DIM = ("head_dim", "dim_head", "attention_head_dim", "head_size")
+_HEAD_DIM = ("head_dim", "dim_head", "dim_heads", "attention_head_dim", "head_size")
 _INNER = ("inner_dim", "embed_dim", "all_head_size", "hidden_size", "dim", "hidden_dim", "d_model")
 _QUERY = re.compile(r"^(to_)?(w?q|query|q_proj|query_proj|linear_q|wq)$")
 _PACKED = re.compile(r"(^|_)(to_)?qkv(_|$)|^c_attn$|^in_proj$")

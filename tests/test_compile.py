@@ -49,7 +49,6 @@ def test_training(backend, checkpointing):
     assert all(p.grad.abs().sum() > 0 for p in sla_compile.parameters(model))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
 def test_checkpointing_compiled_block_by_block():
     model, reference = (accelerated(checkpointing=True).train() for _ in range(2))
     for block in model.blocks:

@@ -1,4 +1,4 @@
-"""The CPU kernels against the float64 reference: output, log-sum-exp and every gradient, within a derived error budget."""
+"""The CPU kernels against the float64 reference: output, log-sum-exp and gradients, within a derived error budget."""
 
 from __future__ import annotations
 
@@ -80,9 +80,7 @@ def check(case: Case) -> None:
     oracle = kernel_cases.evaluate(
         [None if t is None else t.double() for t in inputs], grad.double(), classes, spec, bias
     )
-    eager = kernel_cases.evaluate(
-        [None if t is None else t.to(dtype) for t in inputs], grad, classes, spec, bias
-    )
+    eager = kernel_cases.evaluate([None if t is None else t.to(dtype) for t in inputs], grad, classes, spec, bias)
     results = run(inputs, grad, classes, spec, bias)
 
     assert results[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -173,12 +171,28 @@ def test_parameters_keep_their_dtype(proj_dtype: str) -> None:
     check(Case(length=200, dim=32, proj_dtype=proj_dtype, bias=False, dtype="bf16"))
 
 
+@pytest.mark.parametrize("tiles", [True, False])
+def test_bfloat16_with_and_without_tiles(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to compute bfloat16, whatever this processor has."""
+    monkeypatch.setattr(cpu, "_has_bfloat16_tiles", lambda: tiles)
+    for case in (
+        Case(length=300, dim=64, dtype="bf16", mask="row", batch=2),
+        Case(length=256, dim=40, dtype="bf16", heads=4, layout="spread"),
+        Case(length=300, dim=128, dtype="bf16", linear="all", feature_map="elu"),
+        Case(length=250, dim=12, dtype="bf16", linear="none", blocks="none"),
+        Case(length=200, dim=24, dtype="bf16", feature_map="relu", mask="additive", magnitude=4.0),
+    ):
+        inputs = draw(case)[0]
+        assert cpu._dtypes(inputs[0]) == (torch.float32, torch.bfloat16 if tiles else torch.float32)
+        check(case)
+
+
 @pytest.mark.parametrize("few", ["critical", "marginal"])
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 def test_sums_by_list(few: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block in 23 is the odd one out: it is summed, or subtracted from the total, instead of a matrix product."""
     case = Case(length=23 * 64 - 5, dim=16, heads=1, kv_heads=1, dtype=dtype, seed=4)
-    inputs, grad, classes, spec, bias = draw(case)
+    inputs, _, classes, _, _ = draw(case)
     classes.fill_(0 if few == "critical" else 1)
     for row in range(classes.shape[2]):
         classes[..., row, (5 * row) % 23] = 1 if few == "critical" else 0
@@ -192,7 +206,8 @@ def test_sums_by_list(few: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(kernel_cases, "block_map", lambda *_: classes)
     monkeypatch.setattr(cpu_linear.BlockSums, "__init__", spy)
     check(case)
-    assert used == [True] * 3  # forward; rows and columns of the backward
+    # Forward; rows and columns of the backward. Products of bfloat16 operands need no list.
+    assert used == [cpu._dtypes(inputs[0])[1] != torch.bfloat16] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -21,7 +21,9 @@ def classify(query: Tensor, key: Tensor, **options: Any) -> Tensor:
     return route(query, key, **{**arguments, **options})
 
 
-def block_scores(query: Tensor, key: Tensor, block_q: int = 64, block_k: int = 64, valid: Tensor | None = None) -> Tensor:
+def block_scores(
+    query: Tensor, key: Tensor, block_q: int = 64, block_k: int = 64, valid: Tensor | None = None
+) -> Tensor:
     """Pooled scores (B, H, T_m, T_n) in float64, block by block, -inf for a block without a valid key."""
     batch, heads, length, _ = query.shape
     key = key.repeat_interleave(heads // key.shape[1], 1).double()
@@ -135,7 +137,9 @@ def test_mask_of_all_true_changes_nothing() -> None:
 @pytest.mark.parametrize("critical", [1, 3, 10])
 @pytest.mark.parametrize("negligible", [0.0, 0.2])
 def test_ties_keep_the_count(critical: int, negligible: float) -> None:
-    found = classify(torch.ones(1, 2, 640, 8), torch.ones(1, 2, 640, 8), critical_blocks=critical, negligible=negligible)
+    found = classify(
+        torch.ones(1, 2, 640, 8), torch.ones(1, 2, 640, 8), critical_blocks=critical, negligible=negligible
+    )
     assert ((found == 1).sum(-1) == critical).all()
     # Where everything ties a block can be in both lists, and critical wins: never more than the share.
     assert ((found == -1).sum(-1) <= negligible_count(10, critical, negligible)).all()

@@ -1,0 +1,27 @@
+"""The kernels compile for GPUs that are not here: a sample of benchmarks/compile_gate.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+GATE = Path(__file__).parent.parent / "benchmarks" / "compile_gate.py"
+
+
+@pytest.mark.parametrize(
+    ("arch", "cases"), [("90", "90-bf16-D128-q64"), ("80", "80-bf16-D64-q64"), ("gfx942", "gfx942-bf16-D64-q64")]
+)
+def test_kernels_compile_within_the_limits(arch: str, cases: str) -> None:
+    # A process of its own: where TRITON_INTERPRET is set, nothing compiles.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run(
+        [sys.executable, GATE, "--check", "--arch", arch, "--cases", cases],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
