@@ -1,24 +1,25 @@
 """Compiles every kernel for GPUs that need not be there, and compares what came out with committed limits.
 
-The launcher runs on meta tensors for each architecture; its launches are compiled ahead of time exactly as they would be
-launched, and registers, spills, shared memory and matrix instructions are read from the result.
+The launcher runs on meta tensors for each architecture; its launches are compiled ahead of time exactly as they would
+be launched, and registers, spills, shared memory and matrix instructions are read from the result.
 
     python benchmarks/compile_gate.py                      # all architectures and shapes, a table
     python benchmarks/compile_gate.py --check              # and fail where compile_limits.json is exceeded
     python benchmarks/compile_gate.py --update             # write what was found as the new limits
-    python benchmarks/compile_gate.py --arch 90 --dims 128 --dtypes bf16 --kernels forward
+    python benchmarks/compile_gate.py --arch 90 --cases '*-bf16-D128-q64'
+
+The limits are exact for the Triton that wrote them; with another one only the hardware's bounds are checked.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import fnmatch
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # an uninstalled checkout works
+
 LIMITS = Path(__file__).with_name("compile_limits.json")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ARCHITECTURES: tuple[int | str, ...] = (80, 89, 90, 100, 120, "gfx942")
@@ -48,6 +50,12 @@ class Case:
     feature_map: str = "softmax"
     key_bias: bool = False
 
+    def __str__(self) -> str:
+        parts = [f"{self.arch}-{self.dtype}-D{self.dim}-q{self.block_q}"]
+        parts += [self.linear] if self.linear != "marginal" else []
+        parts += [self.feature_map] if self.feature_map != "softmax" else []
+        return "-".join([*parts, "masked"] if self.key_bias else parts)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -63,17 +71,19 @@ class Row:
     asynchronous_copies: int
 
 
-def cases(architectures: list[int | str], dtypes: list[str], dims: list[int], block_qs: list[int]) -> Iterator[Case]:
-    """The shipped shapes: every dtype and dimension with the paper's settings, and each variant once."""
+def shipped_cases(architectures: list[int | str]) -> list[Case]:
+    """What the gate covers: the head dimensions and dtypes with the paper's settings, and each variant once."""
+    found = []
     for arch in architectures:
-        for dtype in dtypes:
-            for dim in dims:
-                for block_q in block_qs:
-                    yield Case(arch, dtype, dim, block_q)
-        if 128 in dims and "bf16" in dtypes and 64 in block_qs:
-            yield Case(arch, "bf16", 128, linear="all", feature_map="elu")
-            yield Case(arch, "bf16", 128, linear="none")
-            yield Case(arch, "bf16", 128, feature_map="relu", key_bias=True)
+        found += [Case(arch, "bf16", dim) for dim in (64, 72, 128, 256)]
+        found += [Case(arch, "bf16", dim, block_q=128) for dim in (64, 128, 256)]
+        found += [Case(arch, "fp16", 128), Case(arch, "fp32", 32), Case(arch, "fp32", 64), Case(arch, "fp32", 128)]
+        found += [
+            Case(arch, "bf16", 128, linear="all", feature_map="elu"),
+            Case(arch, "bf16", 128, linear="none"),
+            Case(arch, "bf16", 128, feature_map="relu", key_bias=True),
+        ]
+    return found
 
 
 def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
@@ -100,7 +110,10 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     spec = Spec(case.dim**-0.5, case.feature_map, case.linear, case.block_q, 64)
     found: list[tuple[Any, dict[str, Any]]] = []
     kept = gpu.launch, gpu.target_of
-    gpu.launch, gpu.target_of = lambda kernel, programs, **arguments: found.append((kernel, arguments)), lambda _: target
+    gpu.launch, gpu.target_of = (
+        lambda kernel, programs, **arguments: found.append((kernel, arguments)),
+        lambda _: target,
+    )
     try:
         output, logsumexp = gpu.forward(tokens, tokens, tokens, block_map, spec, **options)
         gpu.backward(output, tokens, tokens, tokens, output, logsumexp, block_map, spec, **options)
@@ -146,7 +159,7 @@ def measure(compiled: Any, arch: int | str) -> dict[str, int]:
         field = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", code).group(1))  # noqa: E731
         return dict(
             registers=field("vgpr_count"),
-            spilled_bytes=4 * (field("vgpr_spill_count") + field("sgpr_spill_count")),
+            spilled_bytes=4 * field("vgpr_spill_count"),
             shared_bytes=shared,
             matrix_instructions=len(re.findall(MATRIX_INSTRUCTIONS, code)),
             asynchronous_copies=len(re.findall("buffer_load_dword.* lds", code)),
@@ -167,19 +180,80 @@ def measure(compiled: Any, arch: int | str) -> dict[str, int]:
     )
 
 
-def rows_of(case: Case, wanted: Callable[[str], bool] = lambda _: True) -> list[Row]:
+def rows_of(case: Case) -> list[Row]:
     """One row for each different kernel of a case."""
-    rows = []
+    rows = {}
     for kernel, arguments in launches(case):
         name = kernel.fn.__name__.removesuffix("_kernel")
-        if arguments.get("stride_list", arguments.get("stride_term")) == 1:
-            name += "_columns" if "stride_list" in arguments else "_rows"
-        if not wanted(name):
-            continue
-        tiles = [f"{key}={arguments[key]}" for key in arguments if key.startswith("TILE") or key in ("SLICE", "LISTS")]
-        launch = " ".join([*tiles, f"warps={arguments.get('num_warps', 4)}", f"stages={arguments.get('num_stages', 3)}"])
-        label = f"{case.arch}-{case.dtype}-D{case.dim}-q{case.block_q}-{case.linear}-{case.feature_map}"
-        label += "-masked" if case.key_bias else ""
-        rows.append(Row(name, label, launch, **measure(compile_launch(kernel, arguments, case.arch), case.arch)))
-    unique = {(row.kernel, row.case, row.launch): row for row in rows}
-    return list(unique.values())
+        # The kernels that take the map in either direction are compiled for contiguous rows and columns.
+        direction = [key for key in ("stride_list", "stride_row") if key in arguments]
+        if direction:
+            name += "_columns" if arguments[direction[0]] == 1 else "_rows"
+        tiles = [f"{key}={arguments[key]}" for key in arguments if key.startswith("TILE") or key == "SLICE"]
+        launch = " ".join(
+            [*tiles, f"warps={arguments.get('num_warps', 4)}", f"stages={arguments.get('num_stages', 3)}"]
+        )
+        if (name, launch) not in rows:
+            compiled = compile_launch(kernel, arguments, case.arch)
+            rows[name, launch] = Row(name, str(case), launch, **measure(compiled, case.arch))
+    return list(rows.values())
+
+
+def complaints(row: Row, arch: int | str, limits: dict[str, Any]) -> list[str]:
+    """What is wrong with a row: more shared memory than there is, or worse than the limits of this Triton."""
+    found = []
+    if row.shared_bytes > SHARED_MEMORY[arch]:
+        found.append(f"needs {row.shared_bytes} bytes of shared memory, sm has {SHARED_MEMORY[arch]}")
+    limit = limits["rows"].get(f"{row.case} {row.kernel}")
+    if limits["triton"] != triton.__version__:
+        return found
+    if limit is None:
+        return [*found, "has no limit: run with --update"]
+    for name in ("spilled_bytes", "shared_bytes"):
+        if getattr(row, name) > limit[name]:
+            found.append(f"{name} {getattr(row, name)} exceeds {limit[name]}")
+    if limit["matrix_instructions"] and not row.matrix_instructions:
+        found.append("uses no matrix instructions any more")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=[str(arch) for arch in ARCHITECTURES])
+    parser.add_argument("--cases", default="*", help="pattern of case names, such as '*-bf16-D128-*'")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a limit is exceeded")
+    parser.add_argument("--update", action="store_true", help="write the limits of the cases that ran")
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args(arguments)
+
+    limits = json.loads(LIMITS.read_text()) if LIMITS.exists() else {"triton": triton.__version__, "rows": {}}
+    architectures = [int(arch) if arch.isdigit() else arch for arch in options.arch]
+    chosen = [case for case in shipped_cases(architectures) if fnmatch.fnmatch(str(case), options.cases)]
+    if not chosen:
+        parser.error(f"no case matches {options.cases!r}")
+    if options.update and limits["triton"] != triton.__version__:
+        limits = {"triton": triton.__version__, "rows": {}}
+    failed = False
+    print(f"{'case':32} {'kernel':20} {'regs':>4} {'spilled':>7} {'shared':>7} {'mma':>4} {'async':>5}  launch")
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for case, rows in zip(chosen, pool.map(rows_of, chosen), strict=True):
+            for row in rows:
+                print(
+                    f"{row.case:32} {row.kernel:20} {row.registers:4} {row.spilled_bytes:7} {row.shared_bytes:7} "
+                    f"{row.matrix_instructions:4} {row.asynchronous_copies:5}  {row.launch}",
+                    flush=True,
+                )
+                if options.update:
+                    values = {name: value for name, value in asdict(row).items() if name not in ("kernel", "case")}
+                    limits["rows"][f"{row.case} {row.kernel}"] = values
+                for complaint in complaints(row, case.arch, limits):
+                    failed = True
+                    print(f"    {row.kernel} {complaint}", flush=True)
+    if options.update:
+        rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(limits['rows'][key])}" for key in sorted(limits["rows"]))
+        LIMITS.write_text(f'{{"triton": {json.dumps(limits["triton"])}, "rows": {{\n{rows}\n}}}}\n')
+    return int(failed and options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

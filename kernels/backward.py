@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from sla_compile.kernels.forward import ragged_steps
-from sla_compile.kernels.tiles import LOG2_E, load_tile, store_tile
+from sla_compile.kernels.tiles import LOG2_E, aligned, load_tile, store_tile
 
 
 @triton.jit
@@ -103,6 +103,7 @@ def query_gradient_kernel(
     TILE_K: tl.constexpr,
     LINEAR: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """dQ of TILE_Q tokens of one query head; with a linear branch, its part is in grad_query already."""
@@ -114,11 +115,16 @@ def query_gradient_kernel(
     first = tile * TILE_Q
     batch = (head // heads).to(tl.int64)
     query_head = (head % heads).to(tl.int64)
-    grad_output_ptr += batch * stride_grad_batch + query_head * stride_grad_head
-    query_ptr += batch * stride_query_batch + query_head * stride_query_head
-    key_ptr += batch * stride_key_batch + (query_head // group) * stride_key_head
-    value_ptr += batch * stride_value_batch + (query_head // group) * stride_value_head
-    grad_query_ptr += batch * stride_gq_batch + query_head * stride_gq_head
+    stride_grad_token = aligned(stride_grad_token, ALIGN)
+    stride_query_token = aligned(stride_query_token, ALIGN)
+    stride_key_token = aligned(stride_key_token, ALIGN)
+    stride_value_token = aligned(stride_value_token, ALIGN)
+    stride_gq_token = aligned(stride_gq_token, ALIGN)
+    grad_output_ptr += aligned(batch * stride_grad_batch + query_head * stride_grad_head, ALIGN)
+    query_ptr += aligned(batch * stride_query_batch + query_head * stride_query_head, ALIGN)
+    key_ptr += aligned(batch * stride_key_batch + (query_head // group) * stride_key_head, ALIGN)
+    value_ptr += aligned(batch * stride_value_batch + (query_head // group) * stride_value_head, ALIGN)
+    grad_query_ptr += aligned(batch * stride_gq_batch + query_head * stride_gq_head, ALIGN)
     if key_bias_ptr is not None:
         key_bias_ptr += batch * stride_bias_batch
     line = local.to(tl.int64) * query_blocks + block
@@ -264,6 +270,7 @@ def key_gradient_kernel(
     TILE_K: tl.constexpr,
     LINEAR: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """dK and dV of TILE_K keys of one key-value head, over all its query heads.
@@ -279,12 +286,18 @@ def key_gradient_kernel(
     batch = (first_head // heads).to(tl.int64)
     query_head = (first_head % heads).to(tl.int64)
     key_head = query_head // group
-    key_ptr += batch * stride_key_batch + key_head * stride_key_head
-    value_ptr += batch * stride_value_batch + key_head * stride_value_head
-    grad_key_ptr += batch * stride_gk_batch + key_head * stride_gk_head
-    grad_value_ptr += batch * stride_gv_batch + key_head * stride_gv_head
-    grad_output_ptr += batch * stride_grad_batch + query_head * stride_grad_head
-    query_ptr += batch * stride_query_batch + query_head * stride_query_head
+    stride_grad_token = aligned(stride_grad_token, ALIGN)
+    stride_query_token = aligned(stride_query_token, ALIGN)
+    stride_key_token = aligned(stride_key_token, ALIGN)
+    stride_value_token = aligned(stride_value_token, ALIGN)
+    stride_gk_token = aligned(stride_gk_token, ALIGN)
+    stride_gv_token = aligned(stride_gv_token, ALIGN)
+    key_ptr += aligned(batch * stride_key_batch + key_head * stride_key_head, ALIGN)
+    value_ptr += aligned(batch * stride_value_batch + key_head * stride_value_head, ALIGN)
+    grad_key_ptr += aligned(batch * stride_gk_batch + key_head * stride_gk_head, ALIGN)
+    grad_value_ptr += aligned(batch * stride_gv_batch + key_head * stride_gv_head, ALIGN)
+    grad_output_ptr += aligned(batch * stride_grad_batch + query_head * stride_grad_head, ALIGN)
+    query_ptr += aligned(batch * stride_query_batch + query_head * stride_query_head, ALIGN)
     if key_bias_ptr is not None:
         key_bias_ptr += batch * stride_bias_batch
     scale = tl.cast(scale, tl.float32)
@@ -329,9 +342,7 @@ def key_gradient_kernel(
         grad_value += load_tile(
             grad_value_ptr, start, length, stride_gv_token, 0, stride_gv_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
         ).to(tl.float32)  # (TILE_K, DIMS)
-    store_tile(
-        grad_key_ptr, grad_key, start, length, stride_gk_token, 0, stride_gk_dim, TILE_K, DIMS, HEAD_DIM, WIDE
-    )
+    store_tile(grad_key_ptr, grad_key, start, length, stride_gk_token, 0, stride_gk_dim, TILE_K, DIMS, HEAD_DIM, WIDE)
     store_tile(
         grad_value_ptr, grad_value, start, length, stride_gv_token, 0, stride_gv_dim, TILE_K, DIMS, HEAD_DIM, WIDE
     )

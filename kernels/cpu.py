@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from sla_compile.kernels.cpu_blocks import blocks_of, row_groups, thread_workspace
+from sla_compile.kernels.cpu_blocks import CriticalBlocks, blocks_of, row_groups, thread_workspace
 from sla_compile.kernels.cpu_linear import LinearHead
 from sla_compile.kernels.cpu_sparse import sparse_backward, sparse_forward
 from sla_compile.kernels.spec import Spec, num_blocks
@@ -53,14 +53,14 @@ def forward(
                     linear = LinearHead(keys, values, key_weight, length, weight, spec, workspace)
                 for head in range(kv_head * group, (kv_head + 1) * group):
                     queries = blocks_of(query[entry, head], spec.block_q, operand)
-                    critical = block_map[entry, head] == 1
+                    critical = CriticalBlocks(block_map[entry, head] == 1)
                     target, statistics = _targets(output[entry, head], logsumexp[entry, head], spec.block_q)
                     if linear is not None:
                         linear.start(block_map[entry, head] == 0)
                     for rows in row_groups(queries.shape[0]):
                         added = None if linear is None else linear.forward(queries[rows], rows, offset)
                         sparse_forward(
-                            queries[rows], keys, values, bias, critical[rows], spec.scale, added,
+                            queries[rows], keys, values, bias, critical, rows, spec.scale, added,
                             target[rows], statistics[rows], workspace,
                         )  # fmt: skip
                     _store(output[entry, head], target)
@@ -110,7 +110,7 @@ def backward(
                     queries = blocks_of(query[entry, head], spec.block_q, operand)
                     grad = blocks_of(grad_output[entry, head], spec.block_q, operand)
                     statistics = blocks_of(logsumexp[entry, head, :, None], spec.block_q, dtype)
-                    critical = block_map[entry, head] == 1
+                    critical = CriticalBlocks(block_map[entry, head] == 1)
                     target = _target(grads[0][entry, head], spec.block_q)
                     if linear is not None:
                         linear.start(block_map[entry, head] == 0)
@@ -124,7 +124,7 @@ def backward(
                         if offset is not None:
                             grad_offset += part.sum((0, 1), dtype=dtype)
                         sparse_backward(
-                            part, queries[rows], keys, values, bias, critical[rows], spec.scale, statistics[rows],
+                            part, queries[rows], keys, values, bias, critical, rows, spec.scale, statistics[rows],
                             grad_queries, grad_keys, grad_values, workspace,
                         )  # fmt: skip
                         target[rows] = grad_queries

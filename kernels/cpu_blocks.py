@@ -1,4 +1,4 @@
-"""Blocks of one head for the CPU kernels: padded views, reused buffers, and chunks of query blocks that fit the cache."""
+"""Blocks of one head for the CPU kernels: padded views, reused buffers, chunks of query blocks that fit the cache."""
 
 from __future__ import annotations
 
@@ -89,24 +89,35 @@ def row_groups(rows: int) -> Iterator[slice]:
         yield slice(start, min(start + GROUP_ROWS, rows))
 
 
-def row_chunks(critical: Tensor, elements: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """Query blocks that have equally many critical key blocks, and these, (rows, count); those with none are left out.
+class CriticalBlocks:
+    """The critical key blocks of a head's query blocks, from its boolean map (T_m, T_n)."""
 
-    Args:
-        critical: boolean (rows, T_n).
-        elements: of the gathered keys of one critical block.
-    """
-    counts = critical.sum(1)
-    distinct = counts.unique().tolist()
-    for count in distinct:
-        if count == 0:
-            continue
-        rows = None if len(distinct) == 1 else (counts == count).nonzero()[:, 0]
-        columns = (critical if rows is None else critical[rows]).nonzero()[:, 1].view(-1, count)
-        step = max(1, CHUNK_ELEMENTS // (count * elements))
-        for start in range(0, columns.shape[0], step):
-            part = columns[start : start + step]
-            yield slice(start, start + part.shape[0]) if rows is None else rows[start : start + step], part
+    def __init__(self, critical: Tensor) -> None:
+        counts = critical.sum(1)
+        self.columns = critical.nonzero()[:, 1]
+        self.counts: list[int] = counts.tolist()
+        self.offsets: list[int] = [0, *counts.cumsum(0).tolist()]
+
+    def chunks(self, rows: slice, elements: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """Query blocks of `rows`, counted from its start, that have equally many critical key blocks, and these,
+        (number, count), also where there are none.
+
+        Args:
+            elements: of a key block.
+        """
+        counts = self.counts[rows]
+        for count in sorted(set(counts)):
+            step = max(1, CHUNK_ELEMENTS // max(1, count * elements))
+            alike = [row for row, other in enumerate(counts) if other == count]
+            whole = len(alike) == len(counts)
+            for start in range(0, len(alike), step):
+                part = alike[start : start + step]
+                first = [self.offsets[rows.start + row] for row in part]
+                if whole:
+                    listed = self.columns[first[0] : first[-1] + count]
+                    yield slice(part[0], part[-1] + 1), listed.view(-1, count) if count else listed.view(len(part), 0)
+                else:
+                    yield torch.tensor(part), torch.stack([self.columns[i : i + count] for i in first])
 
 
 def gather(blocks: Tensor, columns: Tensor, buffer: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The linear branch on the CPU: sums over marginal blocks, and what they give each query.
 
 NOTE [Projected values]
-The projection is linear, so ``(phi(Q) H / den) W^T = phi(Q) (sum phi(K)^T (V W^T)) / den``: the branch works on projected
-values V' = V W^T from the start. Its backward then needs neither O_l nor dO W: with t = dO H'^T it is
+The projection is linear, so ``(phi(Q) H / den) W^T = phi(Q) (sum phi(K)^T (V W^T)) / den``: the branch works on
+projected values V' = V W^T from the start. Its backward then needs neither O_l nor dO W: with t = dO H'^T it is
 ``delta_l = rowsum(phi(Q) * t) / den``, ``dphi(Q) = (t - delta_l Z^T) / den``, and ``dW = dV'^T V``, ``dV += dV' W``.
 """
 
@@ -44,8 +44,9 @@ def feature_backward(grad: Tensor, features: Tensor, feature_map: str) -> Tensor
 class BlockSums:
     """``selected @ blocks``, rows at a time and in ascending order, in the way that is shorter.
 
-    Where few blocks are selected they are summed; where few are not, these are subtracted from the total, which keeps
-    at least half of it; else, and always in bfloat16, whose total would be too coarse, it is a matrix product.
+    By lists where these are short: a row sums its selected blocks, or, if those are the majority, subtracts the others
+    from the total, of which then at least half is left. Else, and always in bfloat16, whose total would be too coarse,
+    it is a matrix product.
 
     Args:
         selected: boolean (rows, n).
@@ -54,20 +55,18 @@ class BlockSums:
 
     def __init__(self, selected: Tensor, blocks: Tensor, name: str, workspace: Workspace) -> None:
         self.blocks, self.name, self.workspace = blocks, name, workspace
-        count = int(selected.sum())
-        rest = selected.numel() - count
-        self.lists = blocks.dtype != torch.bfloat16 and min(count, rest) * LISTED_COST < selected.numel()
+        most = 2 * selected.sum(1, keepdim=True) > selected.shape[1]
+        listed = selected ^ most
+        self.lists = blocks.dtype != torch.bfloat16 and int(listed.sum()) * LISTED_COST < selected.numel()
         if not self.lists:
             self.weights, self.stop = selected.to(blocks.dtype), 0
             return
-        if rest < count:
-            listed = torch.cat([~selected, selected.new_ones(selected.shape[0], 1)], 1)
-        else:
-            listed = selected
-        self.indices = listed.nonzero()[:, 1]
-        self.offsets = torch.cat([self.indices.new_zeros(1), listed.sum(1).cumsum(0)]).tolist()
+        listed = torch.cat([listed, most], 1)
+        rows, self.indices = listed.nonzero().unbind(1)
+        self.offsets = [0, *listed.sum(1).cumsum(0).tolist()]
         self.starts = torch.tensor(self.offsets)
-        self.signs = (self.indices == selected.shape[1]).to(blocks.dtype).mul_(2).sub_(1) if rest < count else None
+        negative = most[rows, 0] & (self.indices < selected.shape[1])
+        self.signs = 1 - 2 * negative.to(blocks.dtype)
 
     def __call__(self, start: int, stop: int) -> Tensor:
         """(stop - start, elements)."""
@@ -78,7 +77,7 @@ class BlockSums:
                 self.blocks,
                 self.starts[start:stop] - first,
                 mode="sum",
-                per_sample_weights=None if self.signs is None else self.signs[first:last],
+                per_sample_weights=self.signs[first:last],
             )
         if stop > self.stop:
             self.start, self.stop = start, min(start + PRODUCT_ROWS, self.weights.shape[0])
@@ -198,9 +197,8 @@ class LinearHead:
         features, inverse = self._query_features(queries, rows)
         features = self.workspace.copy(features.mul_(inverse), "query_features", self.operand)
         output = self.workspace("linear", *queries.shape, dtype=self.operand)
-        if proj_bias is None:
-            return torch.bmm(features, self._sums(rows), out=output)
-        return torch.baddbmm(proj_bias.to(self.operand), features, self._sums(rows), out=output)
+        torch.bmm(features, self._sums(rows), out=output)
+        return output if proj_bias is None else output.add_(proj_bias.to(self.operand))
 
     def start_backward(self) -> None:
         """Makes room for the gradients that the query blocks of a head hand to the key blocks."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sla_compile.kernels.cpu_blocks import Workspace, gather, row_chunks
+from sla_compile.kernels.cpu_blocks import CriticalBlocks, Workspace, gather
 
 
 def sparse_forward(
@@ -18,7 +18,8 @@ def sparse_forward(
     keys: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    critical: Tensor,
+    critical: CriticalBlocks,
+    rows: slice,
     scale: float,
     linear: Tensor | None,
     output: Tensor,
@@ -29,23 +30,21 @@ def sparse_forward(
 
     Args:
         queries: (rows, b_q, D); keys, values: (T_n, b_k, D), contiguous; bias: (T_n, b_k).
-        critical: boolean (rows, T_n).
+        critical, rows: which key blocks, and which of the head's query blocks these are.
         linear: (rows, b_q, D), contiguous, what the other branch adds, or None.
         output: (rows, b_q, D), any strides; logsumexp: (rows, b_q, 1): written.
     """
     attend = _attend_fused if keys.dtype == torch.bfloat16 else _attend
-    done = 0
-    for rows, columns in row_chunks(critical, keys[0].numel()):
-        done += columns.shape[0]
+    for part, columns in critical.chunks(rows, keys[0].numel()):
+        if not columns.shape[1]:
+            output[part] = 0 if linear is None else linear[part].to(output.dtype)
+            logsumexp[part] = -torch.inf
+            continue
         mask = None if bias is None else bias[columns].flatten(1).unsqueeze(1)
-        result, logsumexp[rows] = attend(queries[rows], keys, values, mask, columns, scale, workspace)
+        result, logsumexp[part] = attend(queries[part], keys, values, mask, columns, scale, workspace)
         if linear is not None:
-            result += linear[rows]
-        output[rows] = result.to(output.dtype)
-    if done < queries.shape[0]:
-        empty = ~critical.any(1)
-        output[empty] = 0 if linear is None else linear[empty].to(output.dtype)
-        logsumexp[empty] = -torch.inf
+            result += linear[part]
+        output[part] = result.to(output.dtype)
 
 
 def _attend(
@@ -105,7 +104,8 @@ def sparse_backward(
     keys: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    critical: Tensor,
+    critical: CriticalBlocks,
+    rows: slice,
     scale: float,
     logsumexp: Tensor,
     grad_queries: Tensor,
@@ -116,15 +116,18 @@ def sparse_backward(
     """Adds the sparse branch's gradients of some query blocks (algorithm 2 of SLA) to the three last tensors.
 
     Args:
+        critical, rows: as in the forward.
         grads: dO, (rows, b_q, D); logsumexp: (rows, b_q, 1).
         grad_queries: (rows, b_q, D); grad_keys, grad_values: (T_n, b_k, D), contiguous: added to.
     """
     _, block_q, dim = queries.shape
     operand, exact = keys.dtype, grad_keys.dtype
     shift = logsumexp.where(logsumexp > -torch.inf, torch.inf).neg_()  # exp(s - inf) = 0: an empty row has no weights
-    for rows, columns in row_chunks(critical, keys[0].numel()):
+    for part, columns in critical.chunks(rows, keys[0].numel()):
+        if not columns.shape[1]:
+            continue
         number, span = columns.shape[0], columns.shape[1] * keys.shape[1]
-        query, grad, listed = queries[rows], grads[rows], columns.reshape(-1)
+        query, grad, listed = queries[part], grads[part], columns.reshape(-1)
         gathered = workspace("gathered", number, span, dim, dtype=operand)
         value = gather(values, columns, gathered)
         product = workspace("scores", number, block_q, span, dtype=operand)
@@ -133,7 +136,7 @@ def sparse_backward(
 
         key = gather(keys, columns, gathered)
         weights = _scores(query, key, workspace)
-        torch.add(shift[rows], weights, alpha=scale, out=weights)
+        torch.add(shift[part], weights, alpha=scale, out=weights)
         if bias is not None:
             weights += bias[columns].view(number, 1, span)
         weights.exp_()
@@ -143,7 +146,7 @@ def sparse_backward(
 
         grad_scores = workspace.copy(grad_scores, "operand", operand)
         product = workspace("product", number, block_q, dim, dtype=operand)
-        grad_queries[rows] += torch.bmm(grad_scores, key, out=product).mul_(scale)
+        grad_queries[part] += torch.bmm(grad_scores, key, out=product).mul_(scale)
         # The gathered keys have served: their buffer takes what is scattered.
         scattered = gathered.view(listed.numel(), -1)
         torch.baddbmm(gathered, grad_scores.transpose(1, 2), query, beta=0, alpha=scale, out=gathered)

@@ -8,6 +8,7 @@ import triton.language as tl
 from sla_compile.kernels.tiles import (
     LN_2,
     LOG2_E,
+    aligned,
     feature,
     feature_statistics,
     load_tile,
@@ -66,7 +67,7 @@ def attend(
 
 @triton.jit
 def ragged_steps(entries_ptr, count, key_blocks, length, BLOCK_K: tl.constexpr, STEPS: tl.constexpr):
-    """How many steps at the end of an ascending list meet keys past the end of the sequence: those of its last block."""
+    """How many steps at the end of an ascending list meet keys past the sequence's end: those of its last block."""
     last = tl.load(entries_ptr + count - 1, mask=count > 0, other=-1)
     return tl.where((last == key_blocks - 1) & (length % BLOCK_K != 0), STEPS, 0)
 
@@ -122,6 +123,7 @@ def forward_kernel(
     LINEAR: tl.constexpr,
     MIN_DENOMINATOR: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Output and log-sum-exp of TILE_Q tokens of one query head (SLA, arXiv 2509.24006, algorithm 1)."""
@@ -133,10 +135,14 @@ def forward_kernel(
     first = tile * TILE_Q
     batch = (head // heads).to(tl.int64)
     query_head = (head % heads).to(tl.int64)
-    query_ptr += batch * stride_query_batch + query_head * stride_query_head
-    key_ptr += batch * stride_key_batch + (query_head // group) * stride_key_head
-    value_ptr += batch * stride_value_batch + (query_head // group) * stride_value_head
-    output_ptr += batch * stride_output_batch + query_head * stride_output_head
+    stride_query_token = aligned(stride_query_token, ALIGN)
+    stride_key_token = aligned(stride_key_token, ALIGN)
+    stride_value_token = aligned(stride_value_token, ALIGN)
+    stride_output_token = aligned(stride_output_token, ALIGN)
+    query_ptr += aligned(batch * stride_query_batch + query_head * stride_query_head, ALIGN)
+    key_ptr += aligned(batch * stride_key_batch + (query_head // group) * stride_key_head, ALIGN)
+    value_ptr += aligned(batch * stride_value_batch + (query_head // group) * stride_value_head, ALIGN)
+    output_ptr += aligned(batch * stride_output_batch + query_head * stride_output_head, ALIGN)
     if key_bias_ptr is not None:
         key_bias_ptr += batch * stride_bias_batch
     line = local.to(tl.int64) * query_blocks + block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -151,7 +152,7 @@ class _Call:
             **_strides("output", output), stride_proj_bias=_stride(self.proj_bias, 0),
             epsilon=self.spec.epsilon, head_start=self.start * self.group,
             STATE=state_size(self.head_dim), FEATURE_MAP=self.spec.feature_map, MIN_DENOMINATOR=MIN_DENOMINATOR,
-            WIDE=_wide(self.query, self.key, self.value, output), SLICE=chosen.slice, **self.common(), **chosen.tiles,
+            **_addressing(self.query, self.key, self.value, output), SLICE=chosen.slice, **self.common(), **chosen.tiles,
         )  # fmt: skip
 
     def run_backward(
@@ -167,10 +168,10 @@ class _Call:
         linear = self.spec.linear != "none"
         rows, columns = self.block_map.shape[2:]
         heads, state = self.units * self.group, state_size(self.head_dim)
-        shared = dict(grad_output_ptr=grad_output, query_ptr=self.query,
-                      **_strides("grad", grad_output), **_strides("query", self.query),
-                      WIDE=_wide(self.query, self.key, self.value, output, grad_output, grad_query, grad_key, grad_value),
-                      )  # fmt: skip
+        tensors = self.query, self.key, self.value, output, grad_output, grad_query, grad_key, grad_value
+        addressing = _addressing(*tensors)
+        shared = dict(grad_output_ptr=grad_output, query_ptr=self.query, **_strides("grad", grad_output),
+                      **_strides("query", self.query), **addressing)  # fmt: skip
         of_keys = dict(key_ptr=self.key, value_ptr=self.value, grad_key_ptr=grad_key, grad_value_ptr=grad_value,
                        **_strides("key", self.key), **_strides("value", self.value),
                        **_strides("gk", grad_key), **_strides("gv", grad_value))  # fmt: skip
@@ -208,7 +209,7 @@ class _Call:
                 length=self.key.shape[2], key_blocks=columns, HEAD_DIM=self.head_dim, STATE=state,
                 DIMS=_padded(self.head_dim), BLOCK_K=self.spec.block_k, TILE_K=chosen.tile_k, SLICE=chosen.slice,
                 FEATURE_MAP=self.spec.feature_map, LINEAR=self.spec.linear, PRECISION=self.plan.precision,
-                WIDE=shared["WIDE"], **chosen.options,
+                **addressing, **chosen.options,
             )  # fmt: skip
             del grad_sums
 
@@ -287,7 +288,7 @@ class _Call:
             head_start=self.start, heads=self.key.shape[1], length=self.key.shape[2], slots=slots,
             slot_tokens=slot_blocks * self.spec.block_k, HEAD_DIM=self.head_dim, STATE=state_size(self.head_dim),
             DIMS=_padded(self.head_dim), FEATURE_MAP=self.spec.feature_map, PRECISION=self.plan.precision,
-            WIDE=_wide(self.key, self.value), SLICE=chosen.slice, TILE_K=chosen.tile_k, **chosen.options,
+            **_addressing(self.key, self.value), SLICE=chosen.slice, TILE_K=chosen.tile_k, **chosen.options,
         )  # fmt: skip
         if self.spec.linear == "all":
             return states.sum(1, keepdim=True)
@@ -369,6 +370,12 @@ def _stride(tensor: Tensor | None, dimension: int) -> int:
     return 0 if tensor is None else tensor.stride(dimension)
 
 
-def _wide(*tensors: Tensor) -> bool:
-    """Whether offsets inside a tile of one of the tensors may pass 32 bits."""
-    return any(MAX_TILE * tensor.stride(2) + tensor.shape[3] * tensor.stride(3) >= 2**31 for tensor in tensors)
+def _addressing(*tensors: Tensor) -> dict[str, Any]:
+    """How the kernels may address these (B, H, L, D) tensors.
+
+    WIDE: offsets inside a tile may pass 32 bits. ALIGN: a power of two, at most 16 bytes of elements, that divides the
+    strides of batch, head and token.
+    """
+    wide = any(MAX_TILE * tensor.stride(2) + tensor.shape[3] * tensor.stride(3) >= 2**31 for tensor in tensors)
+    align = math.gcd(16 // tensors[0].element_size(), *(stride for tensor in tensors for stride in tensor.stride()[:3]))
+    return {"WIDE": wide, "ALIGN": align}

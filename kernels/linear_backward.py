@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from sla_compile.kernels.tiles import (
+    aligned,
     feature,
     feature_gradient,
     feature_statistics,
@@ -62,6 +63,7 @@ def query_linear_kernel(
     LINEAR: tl.constexpr,
     MIN_DENOMINATOR: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """delta_s of TILE_Q tokens of one query head, the linear branch's part of their dQ, and dH, dZ.
@@ -77,10 +79,14 @@ def query_linear_kernel(
     first = tile * TILE_Q
     batch = ((head_start + local) // heads).to(tl.int64)
     head = ((head_start + local) % heads).to(tl.int64)
-    grad_output_ptr += batch * stride_grad_batch + head * stride_grad_head
-    query_ptr += batch * stride_query_batch + head * stride_query_head
-    output_ptr += batch * stride_output_batch + head * stride_output_head
-    grad_query_ptr += batch * stride_gq_batch + head * stride_gq_head
+    stride_grad_token = aligned(stride_grad_token, ALIGN)
+    stride_query_token = aligned(stride_query_token, ALIGN)
+    stride_output_token = aligned(stride_output_token, ALIGN)
+    stride_gq_token = aligned(stride_gq_token, ALIGN)
+    grad_output_ptr += aligned(batch * stride_grad_batch + head * stride_grad_head, ALIGN)
+    query_ptr += aligned(batch * stride_query_batch + head * stride_query_head, ALIGN)
+    output_ptr += aligned(batch * stride_output_batch + head * stride_output_head, ALIGN)
+    grad_query_ptr += aligned(batch * stride_gq_batch + head * stride_gq_head, ALIGN)
     dims = tl.arange(0, DIMS)
 
     grad_output = load_tile(
@@ -186,6 +192,7 @@ def key_linear_kernel(
     FEATURE_MAP: tl.constexpr,
     LINEAR: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """The linear branch's part of dK and dV of TILE_K keys of one key-value head, and their part of dW.
@@ -199,10 +206,14 @@ def key_linear_kernel(
     start = tile * TILE_K
     batch = ((head_start + local) // heads).to(tl.int64)
     head = ((head_start + local) % heads).to(tl.int64)
-    key_ptr += batch * stride_key_batch + head * stride_key_head
-    value_ptr += batch * stride_value_batch + head * stride_value_head
-    grad_key_ptr += batch * stride_gk_batch + head * stride_gk_head
-    grad_value_ptr += batch * stride_gv_batch + head * stride_gv_head
+    stride_key_token = aligned(stride_key_token, ALIGN)
+    stride_value_token = aligned(stride_value_token, ALIGN)
+    stride_gk_token = aligned(stride_gk_token, ALIGN)
+    stride_gv_token = aligned(stride_gv_token, ALIGN)
+    key_ptr += aligned(batch * stride_key_batch + head * stride_key_head, ALIGN)
+    value_ptr += aligned(batch * stride_value_batch + head * stride_value_head, ALIGN)
+    grad_key_ptr += aligned(batch * stride_gk_batch + head * stride_gk_head, ALIGN)
+    grad_value_ptr += aligned(batch * stride_gv_batch + head * stride_gv_head, ALIGN)
     if key_bias_ptr is not None:
         key_bias_ptr += batch * stride_bias_batch
     if LINEAR == "marginal":
@@ -211,9 +222,9 @@ def key_linear_kernel(
         grad_sums_ptr += local.to(tl.int64) * STATE
     grad_weights_ptr += (local.to(tl.int64) * tiles + tile) * HEAD_DIM * HEAD_DIM
 
-    key = load_tile(
-        key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
-    ).to(tl.float32)  # (TILE_K, DIMS)
+    key = load_tile(key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE).to(
+        tl.float32
+    )  # (TILE_K, DIMS)
     value = load_tile(
         value_ptr, start, length, stride_value_token, 0, stride_value_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
     ).to(tl.float32)  # (TILE_K, DIMS)

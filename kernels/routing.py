@@ -101,7 +101,15 @@ def _meanpool(tokens: Tensor, block: int, valid: Tensor | None) -> tuple[Tensor,
         if full < blocks:
             count[:, :, -1] = length - full * block
     if full:
-        torch.sum(torch.unflatten(tokens[:, :, : full * block], 2, (full, block)), 3, dtype=torch.float32, out=sums[:, :, :full])
+        whole = torch.unflatten(tokens[:, :, : full * block], 2, (full, block))
+        if tokens.device.type == "cpu" and tokens.dtype != torch.float32 and not torch.compiler.is_compiling():
+            # The CPU's sum would first convert all tokens: converted some at a time they stay in the cache.
+            for entry in range(batch):
+                for head in range(heads):
+                    for part, out in zip(whole[entry, head].split(8), sums[entry, head, :full].split(8), strict=True):
+                        torch.sum(part.float(), 1, out=out)
+        else:
+            torch.sum(whole, 3, dtype=torch.float32, out=sums[:, :, :full])
     if full < blocks:
         torch.sum(tokens[:, :, full * block :], 2, dtype=torch.float32, out=sums[:, :, full])
     return sums / count.clamp(min=1), count

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sla_compile.kernels.tiles import feature, feature_statistics, key_weights, load_tile, store_tile
+from sla_compile.kernels.tiles import aligned, feature, feature_statistics, key_weights, load_tile, store_tile
 
 
 def state_size(head_dim: int) -> int:
@@ -52,6 +52,7 @@ def summaries_kernel(
     TILE_K: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Columns of the state of `slot_tokens` consecutive keys of one key-value head."""
@@ -61,8 +62,10 @@ def summaries_kernel(
     local = tl.program_id(0) // slices // slots
     batch = ((head_start + local) // heads).to(tl.int64)
     head = ((head_start + local) % heads).to(tl.int64)
-    key_ptr += batch * stride_key_batch + head * stride_key_head
-    value_ptr += batch * stride_value_batch + head * stride_value_head
+    stride_key_token = aligned(stride_key_token, ALIGN)
+    stride_value_token = aligned(stride_value_token, ALIGN)
+    key_ptr += aligned(batch * stride_key_batch + head * stride_key_head, ALIGN)
+    value_ptr += aligned(batch * stride_value_batch + head * stride_value_head, ALIGN)
     if key_bias_ptr is not None:
         key_bias_ptr += batch * stride_bias_batch
     states_ptr += (local.to(tl.int64) * slots + slot) * STATE

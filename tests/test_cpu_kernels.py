@@ -98,6 +98,10 @@ def check(case: Case) -> None:
     for name, result, exact, low, scale in zip(NAMES, results, oracle, eager, scales, strict=True):
         if result is None:
             continue
+        if name == "grad_weight" and cpu._dtypes(inputs[0])[1] == torch.bfloat16:
+            # A sum of dO * O_l over all tokens, each term rounded to bfloat16 for itself: a random walk of roundings.
+            result = result.to(torch.bfloat16)
+            scale = (grad.double().square().sum((0, 1, 2)).sqrt().max() * inputs[2].abs().max()).item()
         assert kernel_cases.ratio(result, exact, low, scale, case.length) <= 1, name  # NaN fails
         if dtype == torch.float64:
             finite = exact.isfinite()
@@ -190,12 +194,16 @@ def test_bfloat16_with_and_without_tiles(tiles: bool, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("few", ["critical", "marginal"])
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 def test_sums_by_list(few: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One block in 23 is the odd one out: it is summed, or subtracted from the total, instead of a matrix product."""
-    case = Case(length=23 * 64 - 5, dim=16, heads=1, kv_heads=1, dtype=dtype, seed=4)
+    """One block in 37 is the odd one out: it is summed, or subtracted from the total, instead of a matrix product.
+
+    One row is the other way round: it must neither be drowned by a total nor come to one.
+    """
+    case = Case(length=37 * 64 - 5, dim=16, heads=1, kv_heads=1, dtype=dtype, seed=4)
     inputs, _, classes, _, _ = draw(case)
     classes.fill_(0 if few == "critical" else 1)
     for row in range(classes.shape[2]):
-        classes[..., row, (5 * row) % 23] = 1 if few == "critical" else 0
+        classes[..., row, (5 * row) % 37] = 1 if few == "critical" else 0
+    classes[..., 7, :] = 1 - classes[..., 7, :]
     used = []
     built = cpu_linear.BlockSums.__init__
 
