@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +14,9 @@ from sla_compile.config import SLAConfig
 from sla_compile.module import SparseLinearAttention
 from sla_compile.ops import op_scalars
 from sla_compile.passes.find import Match
+from sla_compile.passes.layout import Operand
 from sla_compile.passes.nodes import is_idle, mutates, same, same_shape
-from sla_compile.passes.scopes import Scope, metadata_value
-from sla_compile.passes.softmax import Operand
+from sla_compile.passes.scopes import Scope
 
 aten = torch.ops.aten
 
@@ -132,16 +131,15 @@ class _Edit:
         self.graph = fx.Graph(tracer_cls=scope.module.graph._tracer_cls)
         self.map: dict[fx.Node, fx.Node] = {}
         self.values: dict[fx.Node, Any] = {}
-        self._key = "val"
+        noted = {key for node in scope.module.graph.nodes for key in ("val", "example_value") if key in node.meta}
+        self._key = "example_value" if noted == {"example_value"} else "val"
+        self._noted = bool(noted)
         for node in scope.module.graph.nodes:
             self.map[node] = self.graph.node_copy(node, self.map.__getitem__)
             for name in vars(node).keys() - vars(self.map[node]).keys():  # Dynamo's `_dynamo_source`
                 setattr(self.map[node], name, vars(node)[name])
             self.values[self.map[node]] = scope.reader.value(node)
-            if "example_value" in node.meta:
-                self._key = "example_value"
-        self.graph._codegen = copy.deepcopy(scope.module.graph._codegen)
-        self._noted = any(metadata_value(node) is not None for node in scope.module.graph.nodes)
+        self.graph._codegen = scope.module.graph._codegen
         self._replaced: list[tuple[fx.Node, Any]] = []
 
     def note(self, node: fx.Node, value: Any) -> None:
@@ -315,10 +313,9 @@ class _Edit:
     def _erase(self, inner: Iterable[fx.Node]) -> None:
         """Erases the nodes, and upstream of them whatever was computed for them alone."""
         inner = set(inner)
-        for node in inner:
-            for user in list(node.users):
-                if is_idle(user):
-                    self.graph.erase_node(user)
+        idle = {user for node in inner for user in _idle_users(node)} - inner
+        for node in sorted(idle, reverse=True):
+            self.graph.erase_node(node)
         queue = sorted(inner, reverse=True)
         while queue:
             node = queue.pop(0)
@@ -375,6 +372,13 @@ class _Edit:
         # another dtype: the node is inside of an autocast region, which only the run enters; its strides do not matter
         fits = isinstance(result, Tensor) and result.dtype == known.dtype and same_shape(result.shape, known.shape)
         return result if fits else known
+
+
+def _idle_users(node: fx.Node) -> Iterator[fx.Node]:
+    for user in node.users:
+        if is_idle(user):
+            yield user
+            yield from _idle_users(user)
 
 
 def _run(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:

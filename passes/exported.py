@@ -7,11 +7,12 @@ it has, entries of the signature and of the state dict, so that the program is t
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 
 from sla_compile.passes import rewrite
@@ -21,7 +22,10 @@ from sla_compile.passes.sites import Site
 
 
 def accelerate_exported(
-    program: ExportedProgram, choose: Choose, allow_no_match: bool = False
+    program: ExportedProgram,
+    choose: Choose,
+    allow_no_match: bool = False,
+    check: Callable[[list[Site]], None] | None = None,
 ) -> tuple[ExportedProgram, list[Site]]:
     """A new program whose qualifying attentions are sparse-linear ones; `program` stays as it is.
 
@@ -34,8 +38,11 @@ def accelerate_exported(
         choose: from an owner's name to its configuration, or to the reason why it is left dense.
         allow_no_match: whether it is fine that nothing qualifies.
 
+        check: sees the sites before anything is made of them, and may raise.
+
     Raises:
-        ValueError: accelerated before, or nothing qualifies.
+        ValueError: nothing qualifies.
+        RuntimeError: accelerated before.
     """
     rewrite.check_fresh(program.graph_module)
     module = copy.deepcopy(program.graph_module)
@@ -47,6 +54,8 @@ def accelerate_exported(
     decisions = rewrite.decide(module, choose, constants=constants)
     sites = [rewrite.site(decision) for decision in decisions]
     rewrite.check_found(sites, allow_no_match)
+    if check is not None:
+        check(sites)
     parameters = _ProgramParameters(module, program)
     edits = Edits(parameters)
     edits.rewrite((d.match, d.config) for d in decisions if d.config is not None)
@@ -61,12 +70,19 @@ def accelerate_exported(
         graph_signature=signature,
         state_dict={**program.state_dict, **parameters.state()},
         range_constraints=copy.deepcopy(program.range_constraints),
-        module_call_graph=copy.deepcopy(program.module_call_graph),
+        module_call_graph=_copied_calls(program),
         example_inputs=program.example_inputs,
         constants=program.constants,
         verifiers=program.verifiers,
     )
     return rewritten, sites
+
+
+def _copied_calls(program: ExportedProgram) -> list[ModuleCallEntry]:
+    """The module call graph, which the new program edits; its tree specifications are immutable and shared."""
+    signatures = [entry.signature for entry in program.module_call_graph if entry.signature is not None]
+    shared = {id(spec): spec for signature in signatures for spec in (signature.in_spec, signature.out_spec)}
+    return copy.deepcopy(program.module_call_graph, shared)
 
 
 class _ProgramParameters(rewrite.ModuleParameters):
@@ -75,6 +91,7 @@ class _ProgramParameters(rewrite.ModuleParameters):
     def __init__(self, module: fx.GraphModule, program: ExportedProgram) -> None:
         super().__init__(module, {})
         self._specs = list(program.graph_signature.input_specs)
+        self._parameters = program.state_dict
         self._taken = set(program.state_dict) | set(program.constants)
         self._state: dict[str, nn.Parameter] = {}
 
@@ -84,6 +101,9 @@ class _ProgramParameters(rewrite.ModuleParameters):
         if clash:
             raise ValueError(f"the parameters of sparse-linear attention belong at {path}, but the program has {clash[0]}")
         return path, module
+
+    def tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        return self._parameters.items()
 
     def node(self, graph: fx.Graph, path: str, parameter: nn.Parameter) -> fx.Node:
         kinds = (InputKind.TOKEN, InputKind.PARAMETER)

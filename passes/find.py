@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import GraphModule
 
+from sla_compile.passes.layout import Mask, Operand, shared_mask
 from sla_compile.passes.nodes import Call, Reader
 from sla_compile.passes.scopes import Scope, Sources, scopes
-from sla_compile.passes.softmax import Mask, Operand, Written, match_softmax
+from sla_compile.passes.softmax import Written, match_softmax
 
 SDPA = "scaled_dot_product_attention"
 MULTI_HEAD = "nn.MultiheadAttention"
@@ -34,6 +35,10 @@ _BACKEND_CALLS = frozenset(
 )
 _OPAQUE = re.compile(r"flash_attn|flex_attention|sage_?attn|memory_efficient_attention|_native_multi_head_attention|"
                      r"_transformer_encoder_layer_fwd|varlen_attn", re.IGNORECASE)
+
+
+_NO_MODULES = frozenset("__dict__ _modules _orig_mod _fsdp_wrapped_module".split())
+"""What Dynamo and wrappers put between the names of modules."""
 
 
 @dataclass(eq=False)
@@ -119,8 +124,7 @@ def owner(node: fx.Node) -> str:
     path = re.sub(r"^[LG]\['[^']*'\]\.?", "", path)
     path = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path)
     path = re.sub(r"@\d+", "", path)
-    parts = (part for part in path.split(".") if part and part not in ("_modules", "_orig_mod", "_fsdp_wrapped_module"))
-    return ".".join(parts)
+    return ".".join(part for part in path.split(".") if part and part not in _NO_MODULES)
 
 
 def _name(scope: Scope, node: fx.Node) -> str:
@@ -175,7 +179,7 @@ def _product_attention(scope: Scope, node: fx.Node, output: fx.Node, call: Call)
         SDPA,
         output,
         *(Operand(call[name], [], reader.shape(call[name]) or ()) for name in ("query", "key", "value")),
-        mask=None if mask is None else Mask(mask, False, reader.shape(mask) or ()),
+        mask=None if mask is None else shared_mask(mask, False, reader),
         scale=call["scale"],
         inner={node, output},
     )
@@ -209,8 +213,8 @@ def _from_written(scope: Scope, written: Written) -> Match:
         written.value,
         mask=written.mask,
         dropout_p=written.dropout_p,
-        scale=written.scale,
-        scale_nodes=written.scale_nodes,
+        scale=written.scale.number,
+        scale_nodes=written.scale.nodes,
         inner=written.inner,
         views=written.views,
         refusal=written.refusal,
@@ -225,7 +229,7 @@ def _multi_head_module(scope: Scope, node: fx.Node, module: nn.MultiheadAttentio
     bound = inspect.signature(module.forward).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     arguments = {
-        **{parameter: None for parameter in inspect.signature(F.multi_head_attention_forward).parameters},
+        **dict.fromkeys(inspect.signature(F.multi_head_attention_forward).parameters),
         **{name: bound.arguments[name] for name in ("query", "key", "value", "key_padding_mask", "attn_mask", "is_causal")},
         "num_heads": module.num_heads,
         "dropout_p": module.dropout,

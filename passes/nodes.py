@@ -151,6 +151,8 @@ def _bound(name: str, node: fx.Node, schemas: Sequence[torch.FunctionSchema] | N
     for schema in schemas:
         arguments = _bind(schema, args, kwargs)
         if arguments is not None:
+            if name in ("mul", "add") and not isinstance(arguments["input"], fx.Node):  # 0.5 * x
+                arguments["input"], arguments["other"] = arguments["other"], arguments["input"]
             return Call(name, arguments)
     # an unbindable call still has a name, which reasons can tell
     return Call(name, {"input": args[0], "unbound": True}) if args else None
@@ -209,8 +211,8 @@ def mutates(node: fx.Node) -> bool:
 
 
 def is_idle(node: fx.Node) -> bool:
-    """Whether nothing needs the node: torch.export's assertions about metadata, the detached copies that make_fx leaves."""
-    return not node.users and node.op in ("call_function", "call_method") and not mutates(node)
+    """Whether nothing needs the node: assertions about metadata, and what capture leaves behind unused."""
+    return node.op in ("call_function", "call_method") and not mutates(node) and all(map(is_idle, node.users))
 
 
 def permutation(call: Call, rank: int) -> tuple[int, ...] | None:

@@ -8,21 +8,24 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.fx.graph_module import GraphModule
 
 from sla_compile.config import SLAConfig
 from sla_compile.module import SparseLinearAttention
-from sla_compile.passes.eligibility import why_dense
 from sla_compile.passes.edit import Edits, can_pass_operands
-from sla_compile.passes.find import Match, find_attention
+from sla_compile.passes.eligibility import DTYPES, why_dense
+from sla_compile.passes.find import Match, find_attention, owner
 from sla_compile.passes.nodes import hint, same
+from sla_compile.passes.scopes import scopes
 from sla_compile.passes.shapes import propagate
 from sla_compile.passes.sites import Site
 
@@ -44,6 +47,7 @@ def accelerate_graph(
     choose: Choose,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     allow_no_match: bool = False,
+    check: Callable[[list[Site]], None] | None = None,
 ) -> list[Site]:
     """Rewrites the attentions of `graph_module` in place and adds their parameters to it.
 
@@ -53,22 +57,27 @@ def accelerate_graph(
         example_inputs: what the graph is called with, for graphs that carry no shapes (symbolic_trace): a tuple, or a
             mapping from input names. The example decides what qualifies; the rewritten graph takes other lengths too.
         allow_no_match: whether it is fine that nothing qualifies.
+        check: sees the sites before anything is changed, and may raise.
 
     Returns:
         every attention of the graph, with the reason where it stays dense.
 
     Raises:
-        ValueError: accelerated before; no shapes; nothing qualifies. The graph is then as it was.
+        ValueError: no shapes, or nothing qualifies; the graph is then as it was.
+        RuntimeError: accelerated before.
     """
     check_fresh(graph_module)
     decisions = decide(graph_module, choose, example_inputs=example_inputs)
     sites = [site(decision) for decision in decisions]
     check_found(sites, allow_no_match)
+    if check is not None:
+        check(sites)
     modules: dict[str, SparseLinearAttention] = {}
     edits = Edits(ModuleParameters(graph_module, modules))
     edits.rewrite((d.match, d.config) for d in decisions if d.config is not None)
     if edits:
         for path, module in modules.items():
+            _unshare(graph_module, path.rpartition(".")[0])
             graph_module.add_submodule(path, module)
         edits.commit()
     graph_module.meta[META_KEY] = {"sites": sites, "caller": caller()}
@@ -142,9 +151,13 @@ class _Described:
 
     def __init__(self, shape: tuple, tensor: torch.Tensor) -> None:
         self.shape, self.dtype, self.device, self.requires_grad = shape, tensor.dtype, tensor.device, tensor.requires_grad
+        self._strides = tensor.stride()
 
     def dim(self) -> int:
         return len(self.shape)
+
+    def stride(self, dim: int) -> int:
+        return self._strides[dim]
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
@@ -173,8 +186,14 @@ class ModuleParameters:
         path = f"{owner}.sla"
         if path not in self.modules:
             _check_free(self.root, path)
-            self.modules[path] = SparseLinearAttention(config, head_dim, device=device, dtype=torch.float32)
+            dtype, trained = _like_owner(self.tensors(), owner)
+            module = SparseLinearAttention(config, head_dim, device=device, dtype=dtype)
+            self.modules[path] = module.requires_grad_(trained)
         return path, self.modules[path]
+
+    def tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """All parameters by name."""
+        return self.root.named_parameters()
 
     def node(self, graph: torch.fx.Graph, path: str, parameter: nn.Parameter) -> torch.fx.Node:
         """The node that reads a parameter in the root graph, before everything that computes."""
@@ -183,6 +202,14 @@ class ModuleParameters:
             node = graph.create_node("get_attr", path, name=path.replace(".", "_"))
         self._added.add(node)
         return node
+
+
+def _like_owner(tensors: Iterable[tuple[str, torch.Tensor]], owner: str) -> tuple[torch.dtype, bool]:
+    """Dtype and trainability of an owner's own parameters, which the added ones follow; float32 if the graph has none."""
+    for name, tensor in tensors:
+        if name.startswith(f"{owner}.") and tensor.dtype in DTYPES["cpu"]:
+            return tensor.dtype, tensor.requires_grad
+    return torch.float32, True
 
 
 def _check_free(root: nn.Module, path: str) -> None:
@@ -196,13 +223,31 @@ def _check_free(root: nn.Module, path: str) -> None:
             raise ValueError(f"the parameters of sparse-linear attention belong at {path}, but the graph has {name} there")
 
 
+def _unshare(root: nn.Module, owner: str) -> None:
+    """Gives the graph its own object for an owner that the trace took as a leaf and shares with the model it traced."""
+    parent_path, _, name = owner.rpartition(".")
+    parent = _submodule(root, parent_path)
+    module = None if parent is None else parent._modules.get(name)
+    if module is not None and type(module) is not nn.Module:
+        own = copy.copy(module)
+        own._modules = dict(module._modules)
+        parent._modules[name] = own
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
 def check_fresh(graph_module: GraphModule) -> None:
     """Raises where the graph was accelerated before."""
     record = graph_module.meta.get(META_KEY)
     if record is not None:
-        raise ValueError(f"this graph was accelerated already, in {record['caller']}")
+        raise RuntimeError(f"this graph is accelerated already, by a call at {record['caller']}")
     if has_op(graph_module):
-        raise ValueError("this graph computes sparse-linear attention already: it was captured or saved after accelerate")
+        raise RuntimeError("this graph computes sparse-linear attention already: it was captured or saved after accelerate")
 
 
 def has_op(graph_module: GraphModule) -> bool:
@@ -222,26 +267,53 @@ def check_found(sites: list[Site], allow_no_match: bool) -> None:
     raise ValueError(f"no attention of the graph qualifies; pass allow_no_match=True if that is fine\n{rows}")
 
 
-def sites(graph_module: GraphModule) -> list[Site]:
-    """The report of an accelerated graph, empty for others."""
-    return list(graph_module.meta.get(META_KEY, {}).get("sites", ()))
+def recorded_sites(model: GraphModule | ExportedProgram) -> list[Site] | None:
+    """The report of an accelerated graph or program; None for others.
+
+    A program that was saved and loaded, or a graph captured from an accelerated model, has lost the record: its
+    rewritten attentions are read off the graph, its dense ones are not known any more.
+    """
+    graph_module = model.graph_module if isinstance(model, ExportedProgram) else model
+    record = graph_module.meta.get(META_KEY)
+    if record is not None:
+        return list(record["sites"])
+    if not has_op(graph_module):
+        return None
+    op = torch.ops.sla_compile.sparse_linear_attention.default
+    found = []
+    for scope in scopes(graph_module):
+        for node in scope.nodes:
+            if node.target in (op, op.overloadpacket):
+                shape = scope.reader.shape(node.args[0]) or ()
+                name = owner(node) or (f"{scope.path}.{node.name}" if scope.path else node.name)
+                found.append(_row(name, shape, shape, rewritten=True, calls=scope.calls))
+    return found
+
+
+def added_parameters(model: GraphModule | ExportedProgram) -> dict[str, nn.Parameter]:
+    """The parameters that accelerate added, by their names in the state dict."""
+    return {name: p for name, p in model.named_parameters() if name.endswith((".sla.proj_weight", ".sla.proj_bias"))}
 
 
 def site(decision: Decision) -> Site:
     """The report's row of a decision."""
     match = decision.match
-    query, key = match.query.shape, match.key.shape
-    return Site(
-        name=match.name,
+    return _row(
+        match.name,
+        match.query.shape,
+        match.key.shape,
         rewritten=decision.config is not None,
         reason=decision.reason,
-        shape=f"({', '.join(map(str, query))})" if query else "",
-        keys=str(key[-2]) if len(key) > 1 else "",
-        head_dim=query[-1] if query and isinstance(query[-1], int) else None,
         kind=match.kind,
         config=decision.config.fingerprint() if decision.config else "",
         calls=match.scope.calls,
     )
+
+
+def _row(name: str, query: tuple, key: tuple, **rest: Any) -> Site:
+    dim = query[-1] if query and isinstance(query[-1], int) else None
+    text = f"({', '.join(map(str, query))})" if query else ""
+    return Site(name, shape=text, keys=str(key[-2]) if len(key) > 1 else "", head_dim=dim, **rest)
 
 
 def caller() -> str:

@@ -151,7 +151,9 @@ class Sources:
     such as checkpointed blocks): between two attentions transformers work on each token by itself, hence streams that
     have not been joined keep different sources. Parameters, buffers and sizes are no sources. It is self-attention if
 
-    * query and key have the same sources and value has no others (rotary tables reach query and key alone), or
+    * key has the sources of query and maybe more, a mask that zeroes padded keys, and value has none that query lacks:
+      rotary tables reach query and key alone. A query with more sources than key is refused: conditioning by the prompt
+      gives the query of a cross-attention all that its keys have. Or
     * query, key and value are computed of three unrelated inputs: a graph that begins behind the projections does not
       say, and equal lengths are all there is to go by. Cross-attention there has key and value of one input.
 
@@ -228,7 +230,7 @@ class Sources:
         q, k, v = self._bits[query], self._bits[key], self._bits[value]
         if not (q and k and v):
             return "its query, key or value does not depend on any input"
-        if q == k and v & ~k == 0:
+        if not (q & ~k or v & ~q):
             return ""
         unrelated = not (q & k or q & v or k & v)
         if unrelated and (q | k | v) & ~self._inputs == 0:

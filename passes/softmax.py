@@ -7,44 +7,32 @@ batch), so that matmul, bmm, baddbmm, einsum, and what torch.export makes of the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from sla_compile.passes.nodes import CASTS, PERMUTES, RESHAPES, Call, Reader, is_idle, mutates, permutation, same, same_shape
-
-QUERY, KEY, DEPTH = "query", "key", "depth"
-
-
-class NoMatch(Exception):
-    """Why a softmax is not attention that can be rewritten."""
-
-
-@dataclass
-class Operand:
-    """A tensor of the match: a node and the views that bring it into the layout the op wants.
-
-    A view is ``("permute", order)``, ``("regroup", number of leading dimensions, how to write the sizes they become,
-    those sizes)`` or ``("replay", node)``, which does what another node does; `skipped` are nodes between `node` and the product that are no longer needed.
-    """
-
-    node: fx.Node
-    views: list[tuple] = field(default_factory=list)
-    shape: tuple = ()
-    skipped: set[fx.Node] = field(default_factory=set)
-
-
-@dataclass
-class Mask:
-    """A tensor of the scores' frame; `hides` means that True takes a key out."""
-
-    node: fx.Node
-    hides: bool
-    shape: tuple
+from sla_compile.passes.layout import (
+    KEY,
+    QUERY,
+    Frame,
+    Mask,
+    NoMatch,
+    Operand,
+    Scale,
+    laid_out,
+    next_frame,
+    op_frame,
+    operand_of,
+    peel,
+    peel_scale,
+    peel_upcast,
+    regroup,
+    shared_mask,
+    without_identities,
+)
+from sla_compile.passes.nodes import CASTS, PERMUTES, RESHAPES, Call, Reader, is_idle, mutates
+from sla_compile.passes.products import Product, read_product
 
 
 @dataclass
@@ -59,33 +47,12 @@ class Written:
     key: Operand
     value: Operand
     mask: Mask | None
-    scale: float
-    scale_nodes: list[tuple[str, fx.Node]]
+    scale: Scale
     dropout_p: float
     output: fx.Node
     views: list[tuple]
     inner: set[fx.Node]
     refusal: str = ""
-
-
-@dataclass(frozen=True)
-class _Product:
-    """A batched matrix product: the role or batch number of every dimension."""
-
-    left: fx.Node
-    right: fx.Node
-    left_labels: tuple[str, ...]
-    right_labels: tuple[str, ...]
-    labels: tuple[str, ...]
-    factor: float = 1.0
-    added: fx.Node | None = None
-
-    @property
-    def contracted(self) -> str:
-        return next(iter(set(self.left_labels) - set(self.labels)))
-
-    def free(self, side: Sequence[str], other: Sequence[str]) -> list[str]:
-        return [label for label in side if label not in other]
 
 
 def match_softmax(softmax: fx.Node, reader: Reader) -> Written | None:
@@ -121,7 +88,7 @@ def _refused(softmax: fx.Node, back: _Scores | None, front: _Use | None, reason:
     key = back.product.right if back else softmax
     value = front.value if front else softmax
     operands = (Operand(query), Operand(key), Operand(value))
-    return Written(*operands, None, 1.0, [], 0.0, front.node if front else softmax, [], set(), reason)
+    return Written(*operands, None, Scale(1.0), 0.0, front.node if front else softmax, [], set(), reason)
 
 
 # ---- backwards: the scores -------------------------------------------------------------------------------------------
@@ -129,7 +96,7 @@ def _refused(softmax: fx.Node, back: _Scores | None, front: _Use | None, reason:
 
 @dataclass
 class _Scores:
-    product: _Product
+    product: Product
     node: fx.Node
     steps: list[tuple[fx.Node, Call]]
 
@@ -150,13 +117,15 @@ def _trace_back(node: fx.Node, reader: Reader) -> _Scores:
 def _previous(node: fx.Node, call: Call, reader: Reader) -> fx.Node:
     """The scores that a step of the chain works on."""
     candidates: list[Any]
-    if call.name in RESHAPES or call.name in CASTS or call.name in PERMUTES or call.name == "masked_fill":
+    if (
+        call.name in RESHAPES
+        or call.name in CASTS
+        or call.name in PERMUTES
+        or call.name == "masked_fill"
+        or call.name == "div"
+    ):
         candidates = [call["input"]]
-    elif call.name == "div":
-        candidates = [call["input"]]
-    elif call.name in ("mul", "add"):
-        candidates = [call["input"], call["other"]]
-    elif call.name == "where":
+    elif call.name in ("mul", "add") or call.name == "where":
         candidates = [call["input"], call["other"]]
     else:
         raise NoMatch(f"its scores pass through {call.name}, which sparse-linear attention does not have")
@@ -177,71 +146,13 @@ def _previous(node: fx.Node, call: Call, reader: Reader) -> fx.Node:
     return nodes[0]
 
 
-def read_product(node: fx.Node, call: Call, reader: Reader) -> _Product | None:
-    """The node as a product of two batched matrices; None where it is none."""
-    if call.name == "einsum":
-        return _read_einsum(call, reader)
-    if call.name in ("matmul", "bmm"):
-        left, right = call["input"], call["other"] if call.name == "matmul" else call["mat2"]
-        factor, added = 1.0, None
-    elif call.name == "baddbmm":
-        left, right, factor = call["batch1"], call["batch2"], call["alpha"]
-        added = None if call["beta"] == 0 else call["input"]
-        if call["beta"] not in (0, 1) or not isinstance(factor, (int, float)):
-            return None
-    else:
-        return None
-    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
-        return None
-    left_shape, right_shape = reader.shape(left), reader.shape(right)
-    if left_shape is None or right_shape is None or len(left_shape) != len(right_shape) or len(left_shape) < 2:
-        return None
-    if not same_shape(left_shape[:-2], right_shape[:-2]):
-        return None
-    batch = tuple(f"batch{i}" for i in range(len(left_shape) - 2))
-    return _Product(left, right, (*batch, "row", "sum"), (*batch, "sum", "column"), (*batch, "row", "column"), factor, added)
-
-
-def _read_einsum(call: Call, reader: Reader) -> _Product | None:
-    operands = call["operands"]
-    equation = str(call["equation"]).replace(" ", "")
-    if len(operands) != 2 or "->" not in equation or not all(isinstance(o, fx.Node) for o in operands):
-        return None
-    inputs, _, output = equation.partition("->")
-    sides = inputs.split(",")
-    shapes = [reader.shape(operand) for operand in operands]
-    if len(sides) != 2 or shapes[0] is None or shapes[1] is None:
-        return None
-    dots = [len(shape) - len(side.replace("...", "")) for side, shape in zip(sides, shapes, strict=True)]
-    if "..." in equation and (dots[0] != dots[1] or not all("..." in text for text in (*sides, output))):
-        return None
-    labels = [_einsum_labels(text, dots[0]) for text in (*sides, output)]
-    left, right, out = labels
-    if any(len(set(text)) != len(text) for text in labels):
-        return None
-    shared, summed = set(left) & set(right) & set(out), (set(left) & set(right)) - set(out)
-    if len(summed) != 1 or len(set(left) - shared - summed) != 1 or len(set(right) - shared - summed) != 1:
-        return None
-    if set(out) != shared | (set(left) ^ set(right)):
-        return None
-    sizes = dict(zip(left, shapes[0], strict=True))
-    if not all(same(sizes[label], size) for label, size in zip(right, shapes[1], strict=True) if label in sizes):
-        return None
-    return _Product(operands[0], operands[1], left, right, out)
-
-
-def _einsum_labels(text: str, dots: int) -> tuple[str, ...]:
-    before, found, after = text.partition("...")
-    return (*before, *(f"...{i}" for i in range(dots if found else 0)), *after)
-
-
 # ---- forwards: what the probabilities are used for -------------------------------------------------------------------
 
 
 @dataclass
 class _Use:
     node: fx.Node
-    product: _Product
+    product: Product
     value: fx.Node
     steps: list[tuple[fx.Node, Call]]
     dropout_p: float
@@ -277,7 +188,12 @@ def _trace_front(softmax: fx.Node, reader: Reader) -> _Use:
             if not isinstance(p, (int, float)) or isinstance(reader.value(user), (tuple, list)):
                 raise NoMatch("its dropout is not understood")
             dropout_p = max(dropout_p, float(p))
-        elif call.name not in RESHAPES and call.name not in CASTS and call.name not in PERMUTES and call.name != "nan_to_num":
+        elif (
+            call.name not in RESHAPES
+            and call.name not in CASTS
+            and call.name not in PERMUTES
+            and call.name != "nan_to_num"
+        ):
             raise NoMatch(f"its attention probabilities pass through {call.name}")
         steps.append((user, call))
         node = user
@@ -304,154 +220,63 @@ def _guarded_zero(node: fx.Node, users: list[fx.Node], reader: Reader) -> tuple[
     return None
 
 
-
-
-# ---- both ends together ----------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)  # compared by identity: comparing symbolic sizes would install guards
-class _Axis:
-    label: str
-    size: Any
-    argument: Any  # what to write for the size in a reshape: an int, a node, or -1
-
-
-class _Frame:
-    """The dimensions of the scores at one step."""
-
-    def __init__(self, axes: list[_Axis]) -> None:
-        self.axes = axes
-
-    @property
-    def batch(self) -> list[_Axis]:
-        return [axis for axis in self.axes if axis.label.startswith("batch")]
-
-    @property
-    def canonical(self) -> bool:
-        """Whether the last two dimensions are the query's and the key's tokens."""
-        return [axis.label for axis in self.axes[-2:]] == [QUERY, KEY]
+# ---- both ends together -----------------------------------------------------------------------------------------------
 
 
 def _assemble(softmax: fx.Node, call: Call, back: _Scores, front: _Use, reader: Reader) -> Written:
     product = back.product
     shape = reader.shape(back.node)
     assert shape is not None
-    frame = _Frame([_Axis(f"batch:{a}" if a in product.left_labels and a in product.right_labels else a, size, _argument(size))
-                    for a, size in zip(product.labels, shape, strict=True)])
-    frames = [frame]
-    scale, scale_nodes = product.factor, []
+    frames = [Frame.of_product(product, shape)]
+    scale = Scale(product.factor)
     mask: Mask | None = None
     mask_frame = 0
     if product.added is not None:
-        mask = _mask(product.added, False, reader)
+        mask = shared_mask(product.added, False, reader)
     previous = back.node
-    for node, step in back.steps:
-        frames.append(_step(frames[-1], previous, node, step, reader))
-        if step.name in ("mul", "div"):
-            scale = _scaled(step, previous, scale, scale_nodes, reader)
-        elif step.name in ("add", "masked_fill", "where"):
-            found = _read_mask(step, previous, reader)
+    for node, each in back.steps:
+        frames.append(next_frame(frames[-1], previous, node, each, reader))
+        if each.name in ("mul", "div"):
+            scale.take(each, previous, reader)
+        elif each.name in ("add", "masked_fill", "where"):
+            found = _read_mask(each, previous, reader)
             if found is not None and mask is not None:
                 raise NoMatch("its scores have more than one mask")
             if found is not None:
                 mask, mask_frame = found, len(frames) - 1
         previous = node
     roles = _roles(frames[-1], call, product)
-    for each in frames:
-        for axis in each.axes:
+    for frame in frames:
+        for axis in frame.axes:
             axis.label = roles.get(axis.label, axis.label)
     if mask is not None and not frames[mask_frame].canonical:
         raise NoMatch("its mask is added to transposed scores")
     end = frames[-1]
     previous = softmax
-    for node, step in front.steps:
-        end = _step(end, previous, node, step, reader)
+    for node, each in front.steps:
+        end = next_frame(end, previous, node, each, reader)
         frames.append(end)
         previous = node
 
-    target = frames[mask_frame] if mask is not None else _op_frame(frames)
-    query_side = product.left_labels if roles.get(product.free(product.left_labels, product.right_labels)[0]) == QUERY else None
-    left = _operand(product.left, product.left_labels, product, frames[0], target, reader)
-    right = _operand(product.right, product.right_labels, product, frames[0], target, reader)
+    target = frames[mask_frame] if mask is not None else op_frame(frames)
+    query_side = (
+        product.left_labels if roles.get(product.free(product.left_labels, product.right_labels)[0]) == QUERY else None
+    )
+    left = operand_of(product.left, product.left_labels, product, frames[0], target, reader)
+    right = operand_of(product.right, product.right_labels, product, frames[0], target, reader)
     query, key = (left, right) if query_side is not None else (right, left)
     value, views = _value(front, previous, end, target, query, reader)
 
     inner = {back.node, softmax, front.node, *front.helpers}
     inner |= {node for node, _ in back.steps} | {node for node, _ in front.steps}
     _check_private(inner, front.node, softmax, {node for node, _ in back.steps} | {back.node})
-    written = Written(query, key, value, mask, scale, scale_nodes, front.dropout_p, front.node, views, inner)
+    written = Written(query, key, value, mask, scale, front.dropout_p, front.node, views, inner)
     _simplify(written, reader)
     _check_mutation(written)
     return written
 
 
-def _argument(size: Any) -> Any:
-    return size if isinstance(size, int) else -1
-
-
-def _step(frame: _Frame, previous: fx.Node, node: fx.Node, call: Call, reader: Reader) -> _Frame:
-    """The frame after one step of the chain."""
-    before, after = reader.shape(previous), reader.shape(node)
-    if before is None or after is None:
-        raise NoMatch(f"the shape after {call.name} is unknown")
-    if call.name in PERMUTES:
-        order = permutation(call, len(before))
-        if order is None:
-            raise NoMatch(f"the order of {call.name} is not constant")
-        axes = [frame.axes[i] for i in order]
-        batch = [axis for axis in axes if axis in frame.batch and not same(axis.size, 1)]
-        if batch != [axis for axis in frame.batch if not same(axis.size, 1)]:
-            raise NoMatch("the batch dimensions of its scores change places")
-        return _Frame([_Axis(a.label, a.size, a.argument) for a in axes])
-    if same_shape(before, after):
-        return _Frame([_Axis(a.label, a.size, a.argument) for a in frame.axes])
-    if call.name not in RESHAPES:
-        raise NoMatch(f"{call.name} broadcasts its scores")
-    return _Frame(_regrouped(frame.axes, after, call))
-
-
-def _regrouped(axes: list[_Axis], shape: tuple, call: Call) -> list[_Axis]:
-    """Axes after a row-major reshape in which the token dimensions survive."""
-    tokens = [axis for axis in axes if not axis.label.startswith("batch")]
-    result: list[_Axis] = []
-    arguments = _size_arguments(call, shape)
-    position, taken = 0, 0
-    source = [axis for axis in axes if not same(axis.size, 1)]
-    if any(same(axis.size, 1) for axis in tokens):
-        raise NoMatch("its scores have a single token")
-    while position < len(shape):
-        size = shape[position]
-        if taken < len(source) and same(source[taken].size, size):
-            axis = source[taken]
-            label = axis.label if axis in tokens else f"batch:{position}"
-            result.append(_Axis(label, size, axis.argument if axis in tokens else arguments[position]))
-            position, taken = position + 1, taken + 1
-            continue
-        if same(size, 1):
-            result.append(_Axis(f"batch:{position}", size, 1))
-            position += 1
-            continue
-        old, new, first = 1, 1, position  # a group of batch dimensions becomes another group
-        while taken < len(source) and source[taken] not in tokens:
-            old, taken = old * source[taken].size, taken + 1
-        while position < len(shape) and not same(old, new):
-            new, position = new * shape[position], position + 1
-        if not same(old, new) or first == position:
-            raise NoMatch("its scores are reshaped across tokens")
-        result += [_Axis(f"batch:{i}", shape[i], arguments[i]) for i in range(first, position)]
-    if taken != len(source):
-        raise NoMatch("its scores are reshaped across tokens")
-    return result
-
-
-def _size_arguments(call: Call, shape: tuple) -> list[Any]:
-    """What to write for each size: a node the graph computes it with, so that lengths and batches stay free."""
-    sizes = call["size"] if call["size"] is not None else call["shape"]
-    known = list(sizes) if isinstance(sizes, (list, tuple)) and len(sizes) == len(shape) else list(shape)
-    return [size if isinstance(size, (int, fx.Node)) else -1 for size in known]
-
-
-def _roles(frame: _Frame, call: Call, product: _Product) -> dict[str, str]:
+def _roles(frame: Frame, call: Call, product: Product) -> dict[str, str]:
     """Which of the product's two free dimensions the softmax normalises: that is the keys'."""
     dim = call["dim"]
     if not isinstance(dim, int):
@@ -465,58 +290,8 @@ def _roles(frame: _Frame, call: Call, product: _Product) -> dict[str, str]:
     return {normalised: KEY, other: QUERY}
 
 
-def _op_frame(frames: Iterable[_Frame]) -> _Frame:
-    """The frame in which the op is called: (batch, heads) if the scores ever have two batch dimensions."""
-    frames = list(frames)
-    return next((frame for frame in frames if len(frame.batch) == 2), frames[0])
-
-
-def _operand(
-    node: fx.Node, labels: tuple[str, ...], product: _Product, source: _Frame, target: _Frame, reader: Reader
-) -> Operand:
-    """Query or key: (batch..., tokens, depth), with the batch dimensions of the target frame."""
-    shape = reader.shape(node)
-    assert shape is not None
-    batch = [label for label in product.labels if label in product.left_labels and label in product.right_labels]
-    free = next(label for label in labels if label not in batch and label != product.contracted)
-    return _laid_out(node, shape, labels, [*batch, free, product.contracted], source, target)
-
-
-def _laid_out(
-    node: fx.Node, shape: tuple, labels: Sequence[str], wanted: Sequence[str], source: _Frame, target: _Frame
-) -> Operand:
-    number = len(wanted) - 2
-    views: list[tuple] = []
-    order = [list(labels).index(label) for label in wanted]
-    regroup = _regroup(source, target)
-    if order[:number] == list(range(number)):
-        views += regroup
-        shift = len(target.batch) - number
-        order = [*range(len(target.batch)), *(i + shift for i in order[number:])]
-        views += [("permute", tuple(order))]
-    else:
-        views += [("permute", tuple(order)), *regroup]
-    sizes = (*(axis.size for axis in target.batch), *(shape[list(labels).index(label)] for label in wanted[-2:]))
-    return Operand(node, _without_identities(views), sizes)
-
-
-def _regroup(source: _Frame, target: _Frame) -> list[tuple]:
-    """Views between the batch dimensions of two frames."""
-    old, new = [axis.size for axis in source.batch], [axis.size for axis in target.batch]
-    if same_shape(old, new):
-        return []
-    sizes = tuple(axis.argument for axis in target.batch)
-    if sum(size == -1 for size in sizes if isinstance(size, int)) > 1:
-        raise NoMatch("several of its batch dimensions are symbolic")
-    return [("regroup", len(old), sizes, tuple(new))]
-
-
-def _without_identities(views: list[tuple]) -> list[tuple]:
-    return [view for view in views if view[0] != "permute" or view[1] != tuple(range(len(view[1])))]
-
-
 def _value(
-    front: _Use, probabilities: fx.Node, end: _Frame, target: _Frame, query: Operand, reader: Reader
+    front: _Use, probabilities: fx.Node, end: Frame, target: Frame, query: Operand, reader: Reader
 ) -> tuple[Operand, list[tuple]]:
     """The value operand, and the views from the op's output to the last product's layout."""
     product = front.product
@@ -534,34 +309,10 @@ def _value(
     depth = next(label for label in value_labels if label not in labels)
     shape = reader.shape(front.value)
     assert shape is not None
-    value = _laid_out(front.value, shape, value_labels, [*batch, product.contracted, depth], end, target)
+    value = laid_out(front.value, shape, value_labels, [*batch, product.contracted, depth], end, target)
     wanted = [*batch, rows, depth]
     order = tuple(wanted.index(label) for label in product.labels)
-    return value, _without_identities([*_regroup(target, end), ("permute", order)])
-
-
-def _scaled(call: Call, scores: fx.Node, scale: float, nodes: list, reader: Reader) -> float:
-    other = call["other"] if call["input"] is scores else call["input"]
-    if call["rounding_mode"] is not None:
-        raise NoMatch("its scores are divided with rounding")
-    number = _number(other, reader)
-    if number is not None:
-        return scale * number if call.name == "mul" else scale / number
-    if isinstance(other, fx.Node) and type(reader.value(other)) in (int, float):
-        nodes.append((call.name, other))
-        return scale
-    raise NoMatch("its scores are scaled by a tensor")
-
-
-def _number(value: Any, reader: Reader) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
-
-
-def _mask(node: fx.Node, hides: bool, reader: Reader) -> Mask:
-    shape = reader.shape(node)
-    if shape is None:
-        raise NoMatch("the shape of its mask is unknown")
-    return Mask(node, hides, shape)
+    return value, without_identities([*regroup(target, end), ("permute", order)])
 
 
 def _read_mask(call: Call, scores: fx.Node, reader: Reader) -> Mask | None:
@@ -570,7 +321,7 @@ def _read_mask(call: Call, scores: fx.Node, reader: Reader) -> Mask | None:
         other = call["other"] if call["input"] is scores else call["input"]
         if call["alpha"] not in (None, 1):
             raise NoMatch("its mask is scaled while it is added")
-        return _mask(other, False, reader) if isinstance(other, fx.Node) else None
+        return shared_mask(other, False, reader) if isinstance(other, fx.Node) else None
     if call.name == "masked_fill":
         fill, condition, hides = call["value"], call["mask"], True
     elif call["input"] is scores:
@@ -581,13 +332,16 @@ def _read_mask(call: Call, scores: fx.Node, reader: Reader) -> Mask | None:
         fill = _constant(fill, reader)
     if not isinstance(fill, (int, float)) or fill > -1e4:
         raise NoMatch("its mask fills in something else than a very negative number")
-    return _mask(condition, hides, reader)
+    return shared_mask(condition, hides, reader)
 
 
 def _constant(node: fx.Node, reader: Reader) -> Any:
     call = reader.call(node)
     if call is not None and call.name in ("scalar_tensor", "full", "full_like", "tensor"):
-        return next((v for k, v in call.arguments.items() if k in ("s", "fill_value", "input") and not isinstance(v, fx.Node)), None)
+        return next(
+            (v for k, v in call.arguments.items() if k in ("s", "fill_value", "input") and not isinstance(v, fx.Node)),
+            None,
+        )
     return None
 
 
@@ -615,103 +369,11 @@ def _check_mutation(written: Written) -> None:
 def _simplify(written: Written, reader: Reader) -> None:
     """Moves the operands to where they come from: over copies, reshapes and transposes that the views only undo, and over
     scalar factors, which belong to the scale: the feature map of the linear branch sees query and key unscaled."""
-    _peel(written.value, reader)
+    peel(written.value, reader)
     dtype = reader.value(written.value.node).dtype
     for operand in (written.query, written.key):
-        _peel_scale(operand, written, reader)
-        if _peel_upcast(operand, dtype, reader):
-            _peel_scale(operand, written, reader)
+        peel_scale(operand, written.scale, reader)
+        if peel_upcast(operand, dtype, reader):
+            peel_scale(operand, written.scale, reader)
     if len({reader.value(o.node).dtype for o in (written.query, written.key, written.value)}) > 1:
         raise NoMatch("its query, key and value have different dtypes")
-
-
-def _peel_scale(operand: Operand, written: Written, reader: Reader) -> None:
-    """Moves scalar factors of query or key into the scale, wherever they stand among its views."""
-    while True:
-        _peel(operand, reader)
-        node, chain = operand.node, []
-        call = reader.call(node)
-        while call is not None and call.name in (*RESHAPES, *PERMUTES, *CASTS) and isinstance(call["input"], fx.Node):
-            chain.append(node)
-            node = call["input"]
-            call = reader.call(node)
-        if call is None or call.name not in ("mul", "div") or not isinstance(call["input"], fx.Node):
-            return
-        if not _like(call["input"], node, reader):
-            return
-        try:
-            written.scale = _scaled(call, call["input"], written.scale, written.scale_nodes, reader)
-        except NoMatch:
-            return
-        operand.skipped |= {node, *chain}
-        operand.node = call["input"]
-        operand.views = [*(("replay", each) for each in reversed(chain)), *operand.views]
-
-
-def _peel(operand: Operand, reader: Reader) -> None:
-    """Takes the tensor from before what its views undo, and from before what does nothing."""
-    moved = True
-    while moved:
-        moved = False
-        call = reader.call(operand.node)
-        if call is None or not isinstance(call["input"], fx.Node):
-            return
-        source, view = call["input"], operand.views[0] if operand.views else ("",)
-        if call.name in (*RESHAPES, *CASTS) and _like(source, operand.node, reader):
-            moved = _move(operand, source)
-        elif view[0] == "permute" and call.name in PERMUTES:
-            shape = reader.shape(source)
-            order = permutation(call, len(shape)) if shape is not None else None
-            if order is not None:
-                composed = tuple(order[i] for i in view[1])
-                operand.views = _without_identities([("permute", composed), *operand.views[1:]])
-                moved = _move(operand, source)
-        elif view[0] == "regroup" and call.name in RESHAPES:
-            ancestor = _ancestor_of_shape(operand, reader)
-            if ancestor is not None:
-                operand.views = operand.views[1:]
-                moved = _move(operand, ancestor)
-
-
-def _move(operand: Operand, source: fx.Node) -> bool:
-    """Takes the tensor from `source`, an ancestor along first inputs."""
-    while operand.node is not source:
-        operand.skipped.add(operand.node)
-        operand.node = operand.node.all_input_nodes[0]
-    return True
-
-
-def _like(left: fx.Node, right: fx.Node, reader: Reader) -> bool:
-    """Whether two nodes agree in shape and dtype."""
-    a, b = reader.value(left), reader.value(right)
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and same_shape(a.shape, b.shape)
-
-
-def _ancestor_of_shape(operand: Operand, reader: Reader) -> fx.Node | None:
-    """The tensor whose reshape the operand is and which has the regrouped shape already."""
-    _, number, _, sizes = operand.views[0]
-    shape = reader.shape(operand.node)
-    assert shape is not None
-    wanted = (*sizes, *shape[number:])
-    node = operand.node
-    while True:
-        call = reader.call(node)
-        if call is None or not isinstance(call["input"], fx.Node) or call.name not in RESHAPES:
-            return None
-        before, after = reader.value(call["input"]), reader.value(node)
-        if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.dtype != after.dtype:
-            return None
-        node = call["input"]
-        if same_shape(before.shape, wanted):
-            return node
-
-
-def _peel_upcast(operand: Operand, dtype: torch.dtype, reader: Reader) -> bool:
-    """``q.float() @ k.float().mT``: the kernel accumulates in float32 anyway, so it takes the tensors before the cast."""
-    call = reader.call(operand.node)
-    if reader.value(operand.node).dtype == dtype or call is None or call.name not in CASTS:
-        return False
-    before, after = reader.value(call["input"]), reader.value(operand.node)
-    if not isinstance(before, Tensor) or before.dtype != dtype or not same_shape(before.shape, after.shape):
-        return False
-    return _move(operand, call["input"])

@@ -76,7 +76,7 @@ def inplace(q, k, v):
 
 
 def heads_in_batch_then_split(q, k, v):
-    batch, heads, length, dim = q.shape
+    batch, heads = q.shape[:2]
     scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).unflatten(0, (batch, heads))
     return (scores * 0.3).softmax(-1) @ v
 
@@ -122,7 +122,7 @@ MASKED = {f.__name__: f for f in (masked_sdpa, masked_fill, masked_add, masked_w
 
 
 class Attention(nn.Module):
-    """Self-attention of two heads around one of the spellings."""
+    """Self-attention of two heads around one of the spellings, from query, key, value and masks to their result."""
 
     def __init__(self, attend, dim=32, num_heads=2):
         super().__init__()
@@ -131,7 +131,8 @@ class Attention(nn.Module):
 
     def heads(self, x):
         batch, length, dim = x.shape
-        return self.qkv(x).reshape(batch, length, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        packed = self.qkv(x).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
+        return packed.permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x, *mask):
         batch, length, dim = x.shape

@@ -1,0 +1,159 @@
+"""The Dynamo backend "sla": models that nobody accelerated, over any inner backend."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+from graph_tools import CONFIG, captured, expected, ops
+from models import build
+from spellings import SPELLINGS, Model
+from test_passes import inputs
+from torch.nn import functional as F
+
+import sla_compile
+from sla_compile import SLAConfig
+from sla_compile.passes import backend
+
+NONE = CONFIG.replace(linear="none")
+OPTIONS = {"sparsity": CONFIG.sparsity, "min_seq_len": 1}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    backend.clear_reports()
+
+
+def compiled(model, inner="eager", fullgraph=True, **options):
+    return torch.compile(model, backend=backend.sla, fullgraph=fullgraph, options={**OPTIONS, "inner": inner, **options})
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", id="inductor")])
+def test_numbers_and_gradients_over_inner_backends(inner):
+    torch.manual_seed(0)
+    model, x = Model(SPELLINGS["matmul_scale_after"]), inputs().requires_grad_()
+    wanted = x + expected(model.block.attn, x, None, None, config=NONE)
+    tensors = (x, *model.parameters())
+    gradients = torch.autograd.grad(wanted.square().sum(), tensors)
+    result = compiled(model, inner)(x)
+    torch.testing.assert_close(result, wanted)
+    torch.testing.assert_close(torch.autograd.grad(result.square().sum(), tensors), gradients)
+    ((site,),) = backend.reports()
+    assert site.rewritten
+    assert site.name == "block.attn"
+
+
+def test_an_inner_callable_sees_the_rewritten_graph():
+    seen = []
+
+    def inner(graph_module, example_inputs, **keywords):
+        seen.append((graph_module, keywords))
+        return graph_module.forward
+
+    model = Model(SPELLINGS["sdpa"])
+    names = list(model.state_dict())
+    compiled(model, inner, depth=3)(inputs())
+    ((graph, keywords),) = seen
+    assert ops(graph) == 1
+    assert keywords == {"options": {"depth": 3}}
+    assert list(model.state_dict()) == names
+
+
+def test_a_dynamic_length_compiles_once():
+    torch.manual_seed(0)
+    model = Model(SPELLINGS["bmm_flat_heads"])
+    reports = []
+    step = compiled(model, "aot_eager", on_report=reports.append)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (130, 257, 300):
+            x = inputs(length)
+            torch._dynamo.mark_dynamic(x, 1)
+            wanted = x + expected(model.block.attn, x, None, None, scale=0.3, config=NONE)
+            torch.testing.assert_close(step(x), wanted)
+    ((site,),) = reports
+    assert site.shape.startswith("(2, 2, s")
+
+
+def test_a_length_below_the_minimum_compiles_anew_and_stays_dense():
+    model = Model(SPELLINGS["sdpa"])
+    step = compiled(model, min_seq_len=128)
+    for length in (130, 100, 200, 90):
+        x = inputs(length)
+        torch._dynamo.mark_dynamic(x, 1)
+        config = NONE if length >= 128 else None
+        wanted = x + expected(model.block.attn, x, None, None, config=config) if config else model(x)
+        torch.testing.assert_close(step(x), wanted)
+    assert [site.rewritten for (site,) in backend.reports()] == [True, False]
+
+
+def test_checkpointed_blocks():
+    torch.manual_seed(0)
+    results = []
+    for checkpointing in (False, True):
+        torch._dynamo.reset()
+        model, x = build(0, checkpointing=checkpointing), inputs().requires_grad_()
+        compiled(model, "aot_eager")(x, inputs(20, seed=1)).square().sum().backward()
+        results.append((x.grad, *(p.grad for p in model.parameters())))
+    torch.testing.assert_close(*results)
+    assert [[site.rewritten for site in sites] for sites in backend.reports()] == [[True, False] * 2] * 2
+
+
+def test_nothing_eligible_is_logged_and_left_alone(caplog):
+    model, x = Model(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)), inputs()
+    with caplog.at_level(logging.INFO, logger="sla_compile.passes.backend"):
+        torch.testing.assert_close(compiled(model)(x), model(x))
+    assert "block.attn (2, 2, 130, 16) stays dense: causal attention" in caplog.messages
+
+
+def test_accelerated_models_are_left_alone():
+    model = sla_compile.accelerate(build(0), config=CONFIG, example_inputs=(inputs(), inputs(20, seed=1)))
+    wanted = model(inputs(), inputs(20, seed=1))
+    torch.testing.assert_close(compiled(model, fullgraph=False)(inputs(), inputs(20, seed=1)), wanted)
+    assert not any(backend.reports())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"linear": "marginal"}, "adds no parameters"),
+        ({"config": SLAConfig()}, "adds no parameters"),
+        ({"sparsity": 2.0}, "sparsity must be in"),
+        ({"config": NONE, "sparsity": 0.9}, 'has "config" and'),
+        ({"config": "sla"}, "must be an SLAConfig"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    graph = captured(Model(SPELLINGS["sdpa"]), inputs())
+    with pytest.raises((ValueError, TypeError), match=message):
+        backend.sla(graph, [], options={"inner": "eager", **options})
+    assert ops(graph) == 0
+
+
+def test_by_name():
+    backend.register()
+    backend.register()
+    assert "sla" in torch._dynamo.list_backends()
+    model, x = Model(SPELLINGS["sdpa"]), inputs()
+    result = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "eager"})(x)
+    torch.testing.assert_close(result, x + expected(model.block.attn, x, None, None, config=NONE))
+
+
+def test_inner_options_and_modes_reach_inductor(monkeypatch):
+    import torch._inductor.compile_fx
+
+    calls = []
+
+    def compile_fx(graph_module, example_inputs, config_patches=None):
+        calls.append(config_patches)
+        return graph_module.forward
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
+    graph = captured(Model(SPELLINGS["sdpa"]), inputs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backend.sla(graph, [], options={**OPTIONS, "epilogue_fusion": False}, mode="max-autotune-no-cudagraphs")
+    (patches,) = calls
+    assert patches["epilogue_fusion"] is False
+    assert patches["max_autotune"] is True
+    assert not OPTIONS.keys() & patches.keys()
