@@ -1,8 +1,8 @@
 """Accelerate a diffusers video transformer, compile it, and compare it with the dense one.
 
-    python examples/compile_a_dit.py            # random weights, 4680 tokens, about a minute and a half on two cores
-    python examples/compile_a_dit.py --small    # 220 tokens, seconds
-    python examples/compile_a_dit.py --checkpoint Wan-AI/Wan2.1-T2V-1.3B-Diffusers    # downloads; wants a GPU
+python examples/compile_a_dit.py            # random weights, 4680 tokens, about a minute and a half on two cores
+python examples/compile_a_dit.py --small    # 220 tokens, seconds
+python examples/compile_a_dit.py --checkpoint Wan-AI/Wan2.1-T2V-1.3B-Diffusers    # downloads; wants a GPU
 """
 
 import argparse

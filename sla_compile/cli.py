@@ -12,16 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sla_compile.checks import add_check_parser, add_inspect_parser
 from sla_compile.config import SLAConfig
+from sla_compile.usage import Subcommands, UsageError
 
 if TYPE_CHECKING:
     from sla_compile.demo import DemoOptions
-
-Subcommands = argparse._SubParsersAction  # the type of add_subparsers has no public name
-
-
-class UsageError(Exception):
-    """What the user gave cannot be done; the text says what was expected, what came and what to do."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +54,7 @@ def add_demo(commands: Subcommands) -> None:
     parser.add_argument("--height", type=_count, default=480, help="height of the video in pixels, a multiple of 16")
     parser.add_argument("--width", type=_count, default=832, help="width of the video in pixels, a multiple of 16")
     parser.add_argument("--sparsity", type=float, default=0.95, help="share of blocks not computed exactly, in (0, 1)")
-    parser.add_argument("--steps", type=_count, default=10, help="fine-tuning steps")
+    parser.add_argument("--steps", type=_steps, default=10, help="fine-tuning steps, at least 2")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
     parser.add_argument(
         "--dtype",
@@ -86,9 +82,23 @@ def run_demo(given: argparse.Namespace) -> int:
             f"the demo needs {', '.join(missing)}; install everything it needs with: "
             'pip install "sla-compile[demo]", or in a checkout: pip install -e ".[demo]"'
         )
+    from torch._dynamo.exc import BackendCompilerFailed
+
     from sla_compile.demo import run
 
-    return run(_demo_options(given))
+    options = _demo_options(given)
+    try:
+        return run(options)
+    except BackendCompilerFailed as error:
+        if type(error.inner_exception).__name__ != "InvalidCxxCompiler":
+            raise
+        raise UsageError(
+            "torch.compile found no C++ compiler; install g++ or clang, name one in the environment variable CXX, "
+            "or give --no-compile"
+        ) from None
+    except torch.OutOfMemoryError as error:
+        text = str(error).partition(". ")[0]
+        raise UsageError(f"{text}; give fewer --frames or --layers, or a smaller --height and --width") from None
 
 
 def _demo_options(given: argparse.Namespace) -> DemoOptions:
@@ -136,14 +146,18 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _count(text: str) -> int:
+def _count(text: str, minimum: int = 1) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+        value = minimum - 1
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
     return value
+
+
+def _steps(text: str) -> int:
+    return _count(text, minimum=2)  # of one loss nobody can say whether it fell
 
 
 def _version() -> str:
@@ -154,4 +168,4 @@ def _version() -> str:
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-COMMANDS: tuple[Callable[[Subcommands], None], ...] = (add_demo,)
+COMMANDS: tuple[Callable[[Subcommands], None], ...] = (add_demo, add_inspect_parser, add_check_parser)

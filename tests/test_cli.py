@@ -1,5 +1,6 @@
 """The command line: the demo in its quick mode, its checks, and what a user's mistakes lead to."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,8 @@ def test_demo_fails_when_a_parameter_gets_no_gradient(tmp_path, monkeypatch, cap
         (["--height", "100"], "multiples of 16"),
         (["--sparsity", "1.5"], "sparsity must be in (0, 1)"),
         (["--layers", "0"], "at least 1"),
+        (["--steps", "1"], "at least 2"),
+        (["--frames", "many"], "whole number"),
         (["--dtype", "int8"], "invalid choice"),
         (["--device", "tpu9"], "no such device"),
         (["--device", "meta"], "runs on cpu and cuda"),
@@ -86,6 +89,35 @@ def test_mistakes_are_told_without_traceback(arguments, told, capsys):
     assert code == 2
     error = capsys.readouterr().err
     assert told in error and "Traceback" not in error
+
+
+def test_missing_compiler_is_told_without_traceback(tmp_path):
+    environment = {**os.environ, "CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    size = "--frames 1 --height 96 --width 96 --layers 1".split()
+    command = [
+        sys.executable,
+        "-m",
+        "sla_compile",
+        "demo",
+        "--device",
+        "cpu",
+        *size,
+        "--output",
+        str(tmp_path / "b.png"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 2, done.stderr
+    assert "found no C++ compiler" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_running_out_of_memory_is_told_without_traceback(monkeypatch, capsys):
+    def exhausted(options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(demo, "run", exhausted)
+    assert cli.main(["demo", "--device", "cpu"]) == 2
+    assert "CUDA out of memory; give fewer --frames" in capsys.readouterr().err
 
 
 def test_missing_extra_is_named(monkeypatch, capsys):
