@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import logging
 import sys
@@ -40,20 +41,21 @@ def _load(name: str, path: Path) -> Any:
 zoo = _load("zoo", Path(__file__).parents[1] / "tests" / "zoo.py")
 SPARSE = SLAConfig(sparsity=0.7, min_seq_len=zoo.MIN_SEQ_LEN)
 EXACT = SPARSE.replace(critical_blocks=10**6)
+ONE_GRAPH = [1, 1, 0]  # static at first, then dynamic, then nothing to do
 LEGEND = """
-Each model has two layers, two to four heads of dimension 6 to 32 and 130 to 400 tokens; CPU, float32, torch {torch}, diffusers
-{diffusers}. `min_seq_len` is {length}, so that prompts alone are too short. Made by `python benchmarks/zoo.py`.
+Each model has two layers, two to four heads of dimension 6 to 32 and 130 to 400 tokens; CPU, float32, torch {torch},
+diffusers {diffusers}. `min_seq_len` is {length}, so that prompts alone are too short.
 
 * **rewritten**: attentions that become sparse-linear, of those found with `example_inputs`.
-* **by structure**: whether `accelerate` without `example_inputs` rewrites the same attentions with the same output, to the
-  bit; *idle* are those that got parameters too but whose calls then turned out not to qualify.
-* **= dense**: largest difference from the dense model, of its largest output, when every block is critical; shows that the
-  right query, key, value, mask and scale arrive.
+* **by structure**: whether `accelerate` without `example_inputs` rewrites the same attentions with the same output, to
+  the bit; *idle* are those that got parameters too but whose calls then turned out not to qualify.
+* **= dense**: largest difference from the dense model, of its largest output, when every block is critical; shows that
+  the right query, key, value, mask and scale arrive.
 * **gradients**: whether every added parameter gets one that is not zero, at sparsity 0.7.
 * **compiled**: largest difference between eager and `torch.compile` (aot_eager), both at sparsity 0.7.
 * **exported**: the same for `torch.export` (not strict).
-* **graphs** and **recompiles**: of the dense model and of the accelerated one; recompiles at a second, longer input with
-  `dynamic=None` (where one is usual) and `dynamic=True`.
+* **graphs**: compiled for a first input, and anew for a second and a third, longer ones, with `dynamic=None`; 1, 1, 0
+  is what a model does that is one graph. The dense model's are shown where it is otherwise.
 
 `restore` gave back every model's outputs to the bit and its `state_dict` keys{restored}.
 """
@@ -83,7 +85,7 @@ def main() -> None:
 
 def measure(name: str) -> dict[str, Any]:
     """One row: every column for one model; the text of an exception where a step raises one."""
-    inputs, longer = zoo.inputs(name), zoo.inputs(name, 1)
+    inputs = zoo.inputs(name)
     dense = zoo.build(name)
     expected = run(dense, inputs)
     model, caught = accelerated(name, EXACT, inputs)
@@ -96,22 +98,22 @@ def measure(name: str) -> dict[str, Any]:
     row["restored"] = difference(run(model, inputs), expected) == 0 and set(model.state_dict()) == keys
 
     model, _ = accelerated(name, SPARSE, inputs)
-    eager = [run(model, inputs), run(model, longer)]
-    row["effect"] = difference(eager[0], expected)
-    row["structure"] = _attempt(lambda: by_structure(name, model, inputs, eager[0]))
+    eager = run(model, inputs)
+    row["effect"] = difference(eager, expected)
+    row["structure"] = _attempt(lambda: by_structure(name, model, inputs, eager))
     row["gradients"] = gradients(name, inputs)
-    for label, dynamic in (("none", None), ("true", True)):
-        for kind, target in (("dense", dense), ("accelerated", model)):
-            backend = "aot_eager" if target is model and dynamic is None else "eager"
-            row[f"{kind}_{label}"] = _attempt(lambda t=target, d=dynamic, b=backend: compiled(t, [inputs, longer], b, d))
-    traced = row["accelerated_none"]
-    row["compiled"] = traced if isinstance(traced, str) else max(map(difference, traced.pop("outputs"), eager))
-    row["exported"] = _attempt(lambda: difference(exported(model, inputs), eager[0]))
+    calls = [zoo.inputs(name, extra) for extra in range(3)]
+    row["traced"], outputs = _attempt(lambda: compiled(model, calls, "aot_eager"), 2)
+    row["compiled"] = (
+        outputs
+        if isinstance(outputs, str)
+        else max(difference(output, run(model, call)) for output, call in zip(outputs, calls, strict=True))
+    )
+    if row["traced"] not in (ONE_GRAPH, [1, 0, 0]):  # otherwise the dense model's cannot be fewer
+        row["dense_traced"], _ = _attempt(lambda: compiled(dense, calls, "eager"), 2)
+    row["exported"] = _attempt(lambda: difference(exported(model, inputs), eager))
     if isinstance(row["exported"], str):
         row["dense_exported"] = _attempt(lambda: difference(exported(dense, inputs), expected))
-    for key in ("dense_none", "dense_true", "accelerated_true"):
-        if isinstance(row[key], dict):
-            del row[key]["outputs"]
     torch._dynamo.reset()
     gc.collect()
     return row
@@ -177,15 +179,16 @@ def gradients(name: str, inputs: dict) -> str:
     return "; ".join(parts) or "yes"
 
 
-def compiled(model: nn.Module, calls: list[dict], backend: str, dynamic: bool | None) -> dict[str, Any]:
-    """Outputs, graph breaks and graphs of the first call, and graphs that the second call added."""
+def compiled(model: nn.Module, calls: list[dict], backend: str) -> tuple[list[int], list]:
+    """Graphs of each call that the calls before it had not made, and the outputs."""
     torch._dynamo.reset()
     counters.clear()
-    function = torch.compile(model, backend=backend, dynamic=dynamic)
-    outputs = [run(function, calls[0])]
-    breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
-    outputs.append(run(function, calls[1]))
-    return {"outputs": outputs, "breaks": breaks, "graphs": graphs, "added": counters["stats"]["unique_graphs"] - graphs}
+    function = torch.compile(model, backend=backend)
+    outputs, graphs = [], [0]
+    for call in calls:
+        outputs.append(run(function, call))
+        graphs.append(counters["stats"]["unique_graphs"])
+    return [after - before for before, after in itertools.pairwise(graphs)], outputs
 
 
 def exported(model: nn.Module, inputs: dict) -> list[Tensor]:
@@ -194,11 +197,13 @@ def exported(model: nn.Module, inputs: dict) -> list[Tensor]:
     return run(program.module(), inputs)
 
 
-def _attempt(step: Callable[[], Any]) -> Any:
+def _attempt(step: Callable[[], Any], results: int = 1) -> Any:
+    """What the step returns, or the text of its exception as every result."""
     try:
         return step()
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return text if results == 1 else (text,) * results
 
 
 def _warned(step: Callable[[], Any]) -> tuple[Any, set[str]]:
@@ -213,7 +218,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     reasons = sorted({reason for row in rows for reason in row["dense"]})
     mark = {reason: chr(ord("a") + index) for index, reason in enumerate(reasons)}
     heads = ("model", "rewritten", "dense, why", "by structure", "= dense", "gradients", "compiled", "exported",
-             "graphs", "recompiles")  # fmt: skip
+             "graphs")  # fmt: skip
     lines = ["# Transformers of diffusers", "", "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     notes: list[str] = []
 
@@ -247,13 +252,9 @@ def _cells(row: dict[str, Any], mark: dict[str, str], note: Callable[[str], str]
         exported = ("dense fails too " if fails else "**fails** ") + note(exported)
     else:
         exported = _number(exported)
-    traces = [row[f"{kind}_{label}"] for label in ("none", "true") for kind in ("dense", "accelerated")]
-    bad = next((t for t in traces if isinstance(t, str)), None)
-    if bad is None:
-        graphs = f"{traces[0]['graphs']} → {traces[1]['graphs']}"
-        recompiles = ", ".join(f"{a['added']} → {b['added']}" for a, b in (traces[:2], traces[2:]))
-    else:
-        graphs, recompiles = ("dense fails too " if isinstance(traces[0], str) else "**fails** ") + note(bad), ""
+    graphs = _graphs(row["traced"], note)
+    if "dense_traced" in row:
+        graphs += f"; dense {_graphs(row['dense_traced'], note)}"
     warned = "".join(" " + note(text) for text in row["warnings"])
     return [
         f"{name} {variant}".strip() + warned,
@@ -265,8 +266,11 @@ def _cells(row: dict[str, Any], mark: dict[str, str], note: Callable[[str], str]
         _number(row["compiled"]) if not isinstance(row["compiled"], str) else note(row["compiled"]),
         exported,
         graphs,
-        recompiles,
     ]
+
+
+def _graphs(traced: list[int] | str, note: Callable[[str], str]) -> str:
+    return note(traced) if isinstance(traced, str) else ", ".join(map(str, traced))
 
 
 def _number(value: float) -> str:

@@ -17,7 +17,7 @@ from sla_compile.discovery import _arguments
 from sla_compile.examine import Calls, accelerated_roots, owner_of, watch
 from sla_compile.passes.find import find_attention, owner
 from sla_compile.passes.scopes import scopes
-from sla_compile.redirect import CHILD
+from sla_compile.redirect import CHILD, is_changed
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ def _accelerated_owner(node: torch.fx.Node, owners: set[str]) -> str | None:
     return None
 
 
-def check_capture(model: nn.Module, inputs_list: Sequence[Any], *, fullgraph: bool, dynamic: bool | None) -> list[Captured]:
+def check_capture(
+    model: nn.Module, inputs_list: Sequence[Any], *, fullgraph: bool, dynamic: bool | None
+) -> list[Captured]:
     """See :func:`sla_compile.testing.assert_captured`; returns the graphs."""
     from torch._dynamo.exc import RecompileError, Unsupported
 
@@ -80,7 +82,7 @@ def check_capture(model: nn.Module, inputs_list: Sequence[Any], *, fullgraph: bo
         raise ValueError(f"assert_captured checks an accelerated module; accelerate this {type(model).__name__} first")
     if isinstance(inputs_list, (torch.Tensor, dict)) or not isinstance(inputs_list, Sequence) or not inputs_list:
         raise TypeError("inputs_list must be a list of example inputs, each a tuple or dict of the forward's arguments")
-    owners = {name for name, module in model.named_modules() if CHILD in module._modules and "_sla_redirection" in vars(module)}
+    owners = {name for name, module in model.named_modules() if is_changed(module) and CHILD in module._modules}
     expected = [watch(model, inputs, training=True) for inputs in inputs_list]
     collector = Collector(owners)
     compiled = torch.compile(model, backend=collector, fullgraph=fullgraph, dynamic=dynamic)
@@ -89,9 +91,9 @@ def check_capture(model: nn.Module, inputs_list: Sequence[Any], *, fullgraph: bo
     try:
         for again in (False, True):
             for position, (inputs, calls) in enumerate(zip(inputs_list, expected, strict=True)):
-                # Dynamo takes the first sizes as fixed and, unless told otherwise, the second time some differ as dynamic.
+                # Dynamo takes sizes as fixed at first and, where it may choose, as dynamic once they differ.
                 limit = {True: first, None: 2 * first, False: len(inputs_list) * first}[dynamic]
-                final = again or position > 0 and len(collector.graphs) >= limit
+                final = again or (position > 0 and len(collector.graphs) >= limit)
                 args, kwargs = _arguments(inputs)
                 collector.ran.clear()
                 with warnings.catch_warnings(), torch._dynamo.config.patch(error_on_recompile=final):
@@ -121,14 +123,14 @@ def _check_ran(which: str, calls: dict[str, Calls], ran: list[Captured], owners:
     for name in sorted(owners) if by_name else ():
         if redirected[name] != eager[name] or dense[name] > eager_dense[name]:
             told.append(
-                f"  {name or 'the model itself'}: {eager[name]} calls of the op in eager mode and {redirected[name]} in the "
-                f"graph; dense attentions: {eager_dense[name]} and {dense[name]}"
+                f"  {name or 'the model itself'}: {eager[name]} calls of the op in eager mode and {redirected[name]} "
+                f"in the graph; dense attentions: {eager_dense[name]} and {dense[name]}"
             )
     if not told and sum(redirected.values()) != sum(eager.values()):
         told.append(f"  {sum(eager.values())} calls of the op in eager mode, {sum(redirected.values())} in the graphs")
     if told:
         raise AssertionError(
             f"{which}: the captured graph is not the model that runs in eager mode\n" + "\n".join(told) + "\n"
-            "a torch.utils.checkpoint inside an attention's own forward is captured without its redirect: checkpoint the "
-            "block around it"
+            "where the op is missing, look for a torch.utils.checkpoint inside the attention's own forward, which is "
+            "captured without the redirect: checkpoint the block around it instead"
         )

@@ -1,9 +1,9 @@
 """Which attentions a model really calls, from one run on fake tensors.
 
 NOTE [Self-attention by provenance]
-Equal lengths of queries and keys do not make a self-attention: 512 video tokens may attend to 512 text tokens. While the
-run goes on, every tensor carries the labels of the arguments of the enclosing module call that it was computed from.
-A call is self-attention (or joint attention of several sequences) when query, key and value share a label and value has
+Equal lengths of queries and keys do not make a self-attention: 512 video tokens may attend to 512 text tokens. While
+the run goes on, every tensor carries the labels of the arguments of the enclosing module call that it stems from. A
+call is self-attention (or joint attention of several sequences) when query, key and value share a label and value has
 none that query lacks; a cross-attention's values come from a second sequence that the queries have not seen. Scopes
 are module calls, because after one block every token depends on everything the model was given.
 """
@@ -184,7 +184,7 @@ class _Observer(TorchFunctionMode):
                 labels |= self.labels.get(tensor, frozenset())
         if labels:
             name = getattr(func, "__name__", "")
-            in_place = name == "__setitem__" or name.endswith("_") and not name.endswith("__")
+            in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
             written = [args[0]] if in_place and args else []
             for tensor in (*tree_leaves(result), *written, *[t._base for t in written if isinstance(t, Tensor)]):
                 if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
@@ -205,12 +205,12 @@ class _Observer(TorchFunctionMode):
         query_from, key_from, value_from = (self.local(t) for t in (query, key, value))
         is_self = bool(query_from & key_from & value_from) and value_from <= query_from
         self.calls.append(
-            AttentionCall(
-                self.scopes[-1][0], query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, is_self
-            )
+            AttentionCall(self.scopes[-1][0], query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, is_self)
         )
 
-    def note_multi_head(self, query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, *_: Any, **kwargs: Any):
+    def note_multi_head(
+        self, query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, *_: Any, **kwargs: Any
+    ):
         def split(tokens: Tensor) -> Tensor:
             length, batch = tokens.shape[0], tokens.shape[1] if tokens.dim() == 3 else 1
             return tokens.new_empty(batch, heads, length, width // heads)

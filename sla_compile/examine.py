@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,8 +37,8 @@ from sla_compile.report import Report
 logger = logging.getLogger(__name__)
 
 UNSEEN = (
-    "ran without calling scaled_dot_product_attention, or did not run: another attention backend or processor, a cached "
-    "result, or a forward that does not use it with these inputs"
+    "ran without calling scaled_dot_product_attention, or did not run: another attention backend or processor, a "
+    "cached result, or a forward that does not use it with these inputs"
 )
 NOT_FOUND = "not found when the model was accelerated: pass example_inputs to accelerate"
 LOST = "its redirect is gone: the module was replaced or its class changed after accelerate"
@@ -51,7 +50,7 @@ class Examination:
 
     Args:
         report: a row for every attention, as after :func:`sla_compile.accelerate`.
-        configs: the configurations that rows name by their fingerprint.
+        configs: the configurations that rows name by their fingerprint, as far as they are known.
         accelerated: whether the model was accelerated before.
         silent: attentions that should have been rewritten and are not, each with what is known.
     """
@@ -146,7 +145,9 @@ class Calls:
 def _verify(model: nn.Module, example_inputs: Any) -> Examination:
     modules = dict(model.named_modules())
     sites = [
-        site.replace(name=_join(root, site.name)) for root, state in accelerated_roots(model).items() for site in state.sites
+        site.replace(name=_join(root, site.name))
+        for root, state in accelerated_roots(model).items()
+        for site in state.sites
     ]
     configs = {m.config.fingerprint(): m.config for m in modules.values() if isinstance(m, SparseLinearAttention)}
     calls = None if example_inputs is None else watch(model, example_inputs)
@@ -214,7 +215,7 @@ def watch(model: nn.Module, example_inputs: Any, *, training: bool = False) -> d
         except Exception as error:
             raise ValueError(f"the model does not run with these example_inputs: {error}") from error
     if any(t.is_meta for t in (*model.parameters(), *tree_leaves((args, kwargs))) if isinstance(t, Tensor)):
-        raise ValueError("the model reads tensor values in its forward, which meta tensors do not have; use a real model")
+        raise ValueError("the model reads tensor values in its forward, which meta tensors do not have")
     modes = {module: module.training for module in model.modules()}
     try:
         return _watched(model if training else model.eval(), args, kwargs)
@@ -304,7 +305,9 @@ def _examine_graph(model: Any, choice: _Choice, example_inputs: Any, given: list
     recorded = rewrite.sites(graph_module)
     if recorded:
         _check_no_wishes(model, given)
-        return Examination(Report(title, tuple(recorded)), {}, True)
+        modules = () if exported else graph_module.modules()
+        known = {m.config.fingerprint(): m.config for m in modules if isinstance(m, SparseLinearAttention)}
+        return Examination(Report(title, tuple(recorded)), known, True)
     rewrite.check_fresh(graph_module)
     constants = None
     if exported:

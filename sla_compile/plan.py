@@ -171,5 +171,3 @@ def _new_parameters(name: str, module: nn.Module, config: SLAConfig, head_dim: i
     sla = SparseLinearAttention(config, head_dim, device=device, dtype=own[0].dtype if own else None)
     sla.requires_grad_(not own or any(p.requires_grad for p in own))
     return sla.train(module.training)
-
-

@@ -8,7 +8,7 @@
       },
       "attentions": [
         {"name": "blocks.0.attn1", "query": "(1, 12, 32760, 128)", "keys": "32760", "becomes": "sparse-linear A"},
-        {"name": "blocks.0.attn2", "query": "(1, 12, 32760, 128)", "keys": "512", "becomes": "dense", "why": "cross-..."}
+        {"name": "blocks.0.attn2", "query": "(1, 12, 32760, 128)", "keys": "512", "becomes": "dense", "why": "..."}
       ]
     }
 
@@ -43,15 +43,15 @@ def render(examination: Examination) -> str:
         if (site.calls or 1) > 1:
             row["calls"] = site.calls
         if site.rewritten:
-            label = names.setdefault(site.config, _label(len(names)))
-            row["becomes"] = f"sparse-linear {label}"
+            if site.config in examination.configs:
+                names.setdefault(site.config, label(len(names)))
+            row["becomes"] = f"sparse-linear {names.get(site.config, site.config)}"
         else:
             row |= {"becomes": "dense", "why": site.reason}
         attentions.append(json.dumps(row, ensure_ascii=False))
     configurations = [
-        f"{json.dumps(label)}: {json.dumps(examination.configs[print].to_dict())}"
-        for print, label in names.items()
-        if print in examination.configs
+        f"{json.dumps(letter)}: {json.dumps(examination.configs[fingerprint].to_dict())}"
+        for fingerprint, letter in names.items()
     ]
     return (
         f'{{\n  "{_KEY}": {FORMAT},\n  "model": {json.dumps(examination.report.title)},\n'
@@ -59,10 +59,10 @@ def render(examination: Examination) -> str:
     )
 
 
-def _label(number: int) -> str:
+def label(number: int) -> str:
     """A, B, ..., Z, AA, AB, ..."""
     letters = chr(ord("A") + number % 26)
-    return letters if number < 26 else _label(number // 26 - 1) + letters
+    return letters if number < 26 else label(number // 26 - 1) + letters
 
 
 def _lines(brackets: str, items: list[str]) -> str:
@@ -82,7 +82,7 @@ def compare(path: str | os.PathLike[str], examination: Examination, *, update: b
         ValueError: the file is no snapshot, of another format version, or of another model.
     """
     path, text = Path(path), render(examination)
-    how = "update it with sla-compile check --update, pytest --sla-update-snapshots or assert_rewritten(..., update=True)"
+    how = "update it: sla-compile check --update, pytest --sla-update-snapshots or assert_rewritten(..., update=True)"
     try:
         kept = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -91,7 +91,7 @@ def compare(path: str | os.PathLike[str], examination: Examination, *, update: b
             return
         if in_ci():
             raise AssertionError(
-                f"there is no snapshot {path}, and none is written under CI: make it on your machine ({how}) and commit it"
+                f"there is no snapshot {path}, and none is written under CI: write it on your machine and commit it"
             ) from None
         write(path, text)
         raise AssertionError(f"there was no snapshot {path}: written now; look at it and commit it") from None
@@ -115,7 +115,7 @@ def _check_header(path: Path, kept: str, model: str, update: bool, how: str) -> 
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a snapshot of sla_compile ({error}); delete it to have one written") from None
     if title != model:
-        raise ValueError(f"{path} is the snapshot of a {title}, not of a {model}; delete it if the model is meant to change")
+        raise ValueError(f"{path} is the snapshot of a {title}, not of a {model}; delete it if that is meant")
     if version != FORMAT and not update:
         raise ValueError(f"{path} has format {version}, this version of sla_compile writes format {FORMAT}; {how}")
 

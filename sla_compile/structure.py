@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
-import textwrap
-import types
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from sla_compile.source import ATTENTION, concatenates, names_used, passes
 
 _HEADS = ("heads", "num_heads", "n_heads", "num_attention_heads", "n_head", "nheads", "num_query_heads", "num_q_heads")
 _HEAD_DIM = ("head_dim", "dim_head", "dim_heads", "attention_head_dim", "head_size")
@@ -19,12 +17,12 @@ _INNER = ("inner_dim", "embed_dim", "all_head_size", "hidden_size", "dim", "hidd
 _QUERY = re.compile(r"^(to_)?(w?q|query|q_proj|query_proj|linear_q|wq)$")
 _PACKED = re.compile(r"(^|_)(to_)?qkv(_|$)|^c_attn$|^in_proj$")
 _JOINT = re.compile(r"^(add_[qkv]+_proj|to_added_q?kv|(txt|text|context|encoder)_.*(qkv|q_proj|attn).*)$")
-_SECOND = re.compile(r"^(encoder_hidden_states|context|cond|memory|key|encoder_.*|cross_.*|kv|y)$")
-_CROSS = re.compile(r"dense", re.IGNORECASE)
-_ATTENTION = {"scaled_dot_product_attention", "dispatch_attention_fn"}
+_SECOND = re.compile(
+    r"^(encoder_.*|context.*|cond(ition.*)?|memory|k|keys?|key_value.*|cross_.*|x?_?kv|y|text.*|txt.*)$"
+)
+_NO_SEQUENCE = re.compile(r"mask|emb|rope|rotary|freq|pos|cache|len|ids|scale|shape|size|kwargs")
+_CROSS = re.compile(r"cross", re.IGNORECASE)
 _OTHER_ATTENTION = {"softmax", "multi_head_attention_forward", "get_attention_scores", "flex_attention"}
-_METADATA = {"shape", "ndim", "dtype", "device"}
-_CONCATENATE = {"cat", "concat", "concatenate"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def find_owners(model: nn.Module) -> list[Owner]:
     return [
         _describe(name, module, [modules[ancestor] for ancestor in _ancestors(name)])
         for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention) or _heads(module) and _has_query_projection(module)
+        if isinstance(module, nn.MultiheadAttention) or (_heads(module) and _has_query_projection(module))
     ]
 
 
@@ -84,7 +82,7 @@ def _verdict(
     if getattr(module, "is_cross_attention", None) is True:
         return "dense", "cross-attention: is_cross_attention is set"
     processor = getattr(module, "processor", None)
-    for text in (name, type(module).__name__, type(processor).__name__):
+    for text in (name, type(processor).__name__):  # a class named so may serve self-attention too
         if _CROSS.search(text):
             return "dense", f"cross-attention: named {text}"
     if isinstance(module, nn.MultiheadAttention):
@@ -93,7 +91,7 @@ def _verdict(
         return "self", "decided per call: query, key and value are one tensor"
     caller = module if processor is None else processor
     calls = names_used(caller)
-    if not calls & _ATTENTION and (processor is not None or calls & _OTHER_ATTENTION):
+    if not calls & ATTENTION and (processor is not None or calls & _OTHER_ATTENTION):
         return "dense", f"{type(caller).__name__} does not call scaled_dot_product_attention"
     if joint:
         return "self", "joint attention of two sequences"
@@ -103,11 +101,17 @@ def _verdict(
         return "self", "is_cross_attention is not set"
     if concatenates(_attention_function(module), second):
         return "self", f"its queries contain {second}"
-    answers = [_passes(ancestor, name, module, second) for ancestor in ancestors]
+    answers = (passes(ancestor, name, module, second) for ancestor in ancestors)
     passed = next((answer for answer in answers if answer is not None), None)
     if passed is None:
+        if ancestors and not name.isdigit() and name not in names_used(ancestors[0]):
+            return "dense", f"{type(ancestors[0]).__name__} does not call it"
         return "unknown", f"its forward takes {second}, and the calling code does not tell whether it is given"
-    return ("dense", f"cross-attention: its caller passes {second}") if passed else ("self", f"its caller passes no {second}")
+    return (
+        ("dense", f"cross-attention: its caller passes {second}")
+        if passed
+        else ("self", f"its caller passes no {second}")
+    )
 
 
 def _heads(module: nn.Module) -> int | None:
@@ -149,7 +153,7 @@ def second_sequence(module: nn.Module) -> str | None:
         except (TypeError, ValueError):
             continue
         # self, attn and the first sequence are positional; a second one has a telling name.
-        found = next((p for p in parameters if _SECOND.match(p)), None)
+        found = next((p for p in parameters if _SECOND.match(p) and not _NO_SEQUENCE.search(p)), None)
         if found:
             return found
     return None
@@ -159,133 +163,3 @@ def _attention_function(module: nn.Module) -> Any:
     """What computes the attention: the call of the owner's processor, or its own forward."""
     processor = getattr(module, "processor", None)
     return module.forward if processor is None else type(processor).__call__
-
-
-def names_used(caller: Any, depth: int = 3) -> set[str]:
-    """Names of functions and attributes in the code behind a call of `caller`, a module or any other callable.
-
-    It follows what the code refers to by name: methods and callable attributes of `caller`, functions of its file.
-    """
-    used: set[str] = set()
-    pending = [(caller, depth)]
-    seen: set[int] = set()
-    while pending:
-        target, left = pending.pop()
-        if id(target) in seen:
-            continue
-        seen.add(id(target))
-        owner = target
-        if not inspect.isroutine(target):
-            target = getattr(type(target), "forward" if isinstance(target, nn.Module) else "__call__", None)
-        function = inspect.unwrap(target) if callable(target) else None
-        function = getattr(function, "__func__", function)
-        if not isinstance(function, types.FunctionType):
-            continue
-        names = set(_names(function.__code__))
-        used |= names
-        if left:
-            for name in names:
-                value = getattr(owner, name, None) if owner is not target else None
-                value = function.__globals__.get(name) if value is None else value
-                if callable(value) and not inspect.isclass(value):
-                    pending.append((value, left - 1))
-    return used
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-
-
-def concatenates(function: Any, second: str) -> bool:
-    """Whether the queries of `function` come from a concatenation with the argument `second`: joint attention."""
-    source = _source(inspect.unwrap(function))
-    if source is None:
-        return False
-    derived, joined = {second}, set()  # names computed from `second`, and from a concatenation with it
-    for statement in _assignments(ast.parse(source)):
-        value = statement.value
-        for call in (node for node in ast.walk(value) if isinstance(node, ast.Call)):
-            if _called(call) in _ATTENTION and call.args:
-                return bool(_read(call.args[0]) & joined)
-        read = _read(value)
-        written = {node.id for target in _targets(statement) for node in ast.walk(target) if isinstance(node, ast.Name)}
-        concatenated = any(
-            _called(call) in _CONCATENATE and _read(call) & derived for call in ast.walk(value) if isinstance(call, ast.Call)
-        )
-        if read & derived:
-            derived |= written
-        if concatenated or read & joined:
-            joined |= written
-    return False
-
-
-def _source(definition: object) -> str | None:
-    try:
-        return textwrap.dedent(inspect.getsource(definition))
-    except (OSError, TypeError):  # built at run time, or shipped without source
-        return None
-
-
-def _passes(ancestor: nn.Module, attribute: str, module: nn.Module, second: str) -> bool | None:
-    """Whether the ancestor's forward gives the child `second`; None where its source does not say."""
-    source = _source(type(ancestor).forward)
-    if source is None:
-        return None
-    names = [
-        name
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    answers = {
-        _call_passes(call, second, names)
-        for call in ast.walk(ast.parse(source))
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == attribute
-    }
-    return answers.pop() if len(answers) == 1 else None
-
-
-def _call_passes(call: ast.Call, second: str, names: list[str]) -> bool | None:
-    if any(isinstance(argument, ast.Starred) for argument in call.args):
-        return None
-    # A ** is taken not to carry it: at run time a call that does stays dense.
-    given = dict(zip(names, call.args, strict=False)) | {k.arg: k.value for k in call.keywords if k.arg}
-    value = given.get(second)
-    if value is None or isinstance(value, ast.Constant) and value.value is None:
-        return False
-    first = call.args[0] if call.args else given.get(names[0]) if names else None
-    return not (first is not None and ast.dump(first) == ast.dump(value))
-
-
-def _called(call: ast.Call) -> str:
-    function = call.func
-    return function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ""
-
-
-def _assignments(tree: ast.AST) -> list[ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Return | ast.Expr]:
-    """Statements with a value, in the order of the source."""
-    kinds = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
-    found = [node for node in ast.walk(tree) if isinstance(node, kinds) and node.value is not None]
-    return sorted(found, key=lambda node: node.lineno)
-
-
-def _targets(statement: ast.stmt) -> list[ast.expr]:
-    if isinstance(statement, ast.Assign):
-        return statement.targets
-    return [statement.target] if isinstance(statement, (ast.AnnAssign, ast.AugAssign)) else []
-
-
-def _read(expression: ast.AST) -> set[str]:
-    """Names whose values go into an expression; shapes and comparisons do not count."""
-    if isinstance(expression, ast.Compare) or isinstance(expression, ast.Attribute) and expression.attr in _METADATA:
-        return set()
-    if isinstance(expression, ast.Call) and _called(expression) in ("size", "len"):
-        return set()
-    if isinstance(expression, ast.Name):
-        return {expression.id}
-    children = list(ast.iter_child_nodes(expression))
-    if isinstance(expression, ast.IfExp):
-        children.remove(expression.test)
-    return set().union(*(_read(child) for child in children))

@@ -1,10 +1,10 @@
 """Checks for continuous integration: what is rewritten, what is captured, and how exact a result is.
 
-    from sla_compile.testing import assert_rewritten
+from sla_compile.testing import assert_rewritten
 
-    with torch.device("meta"):  # no weights: a 14B model is checked in seconds
-        model = WanTransformer3DModel(**config)
-    assert_rewritten(model, inputs, expect="blocks.*.attn1", snapshot="tests/wan.json")
+with torch.device("meta"):  # no weights: a 14B model is checked in seconds
+    model = WanTransformer3DModel(**config)
+assert_rewritten(model, inputs, expect="blocks.*.attn1", snapshot="tests/wan.json")
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def assert_rewritten(
     """Asserts which attentions of a model become sparse-linear attention, without running or changing it.
 
     A model that is not accelerated is planned as :func:`sla_compile.accelerate` would. One that is must do what was
-    promised: with example_inputs, a run of a copy on fake tensors shows that every chosen attention really calls the op.
-    Both work on the meta device.
+    promised: with example_inputs, a run of a copy on fake tensors shows that every chosen attention really calls the
+    op. Both work on the meta device.
 
     Args:
         model: an ``nn.Module``, ``torch.fx.GraphModule`` or ``torch.export.ExportedProgram``.
@@ -103,9 +103,8 @@ def _check_expected(report: Report, expect: Expectation | None, needed: bool) ->
         raise TypeError("expect is a number, names or patterns, or a predicate on the report; got a bool")
     elif isinstance(expect, int):
         if len(rewritten) != expect:
-            raise AssertionError(
-                f"{report.title}: expected {expect} rewritten attentions, found {len(rewritten)}\n{listing(report.rows)}"
-            )
+            told = f"expected {expect} rewritten attentions, found {len(rewritten)}"
+            raise AssertionError(f"{report.title}: {told}\n{listing(report.rows)}")
     elif callable(expect):
         if not expect(report):
             raise AssertionError(f"{report.title}: its report does not satisfy {expect!r}\n{listing(report.rows)}")
@@ -137,7 +136,8 @@ def listing(rows: Sequence[Site]) -> str:
     for (rewritten, reason, shape, keys), found in groups.items():
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         sizes = f" {shape} on {keys} keys" if shape else ""
-        lines.append(f"  {found[0].name or 'the model itself'}{more}{sizes}: " + ("rewritten" if rewritten else f"dense, {reason}"))
+        became = "rewritten" if rewritten else f"dense, {reason}"
+        lines.append(f"  {found[0].name or 'the model itself'}{more}{sizes}: {became}")
     return "\n".join(lines)
 
 
@@ -148,8 +148,8 @@ def assert_captured(
 
     For each of the inputs, the captured graph calls the op as often, for the same owners, as the eager model does in a
     run on fake tensors, and holds no other dense attention of an accelerated owner. With `fullgraph` there is no graph
-    break. One graph serves all inputs; with ``dynamic=None`` a second one may, in which sizes that differ are dynamic; with
-    ``dynamic=False`` each shape has its own. None is captured again when it comes again.
+    break. One graph serves all inputs; with ``dynamic=None`` there may be a second one, in which sizes that differ are
+    dynamic; with ``dynamic=False`` each shape has its own. Nothing is captured when the inputs come a second time.
 
     Graphs are captured and run without a compiler behind. On the meta device this takes neither memory nor arithmetic;
     otherwise the model runs twice for each of the inputs, in its present training and gradient mode. Everything that
@@ -181,7 +181,7 @@ def reference(
 ) -> Tensor:
     """The formula of :func:`sla_compile.sparse_linear_attention`, dense and differentiable, in float64.
 
-    Arguments as there; blocks are routed from the query and key as they are given. Takes memory of L x L numbers a head.
+    Arguments as there; blocks are routed from the query and key as given. It holds L x L numbers a head.
 
     Returns:
         (B, H, L, D), float64.
@@ -190,13 +190,12 @@ def reference(
         grouped = query.shape[1] != key.shape[1]
         mask = key_padding_mask
         block_map = route(query, key, config=config, key_padding_mask=mask, scale=scale, enable_gqa=grouped)
-    spec = Spec(default_scale(scale, query.shape[-1]), config.feature_map, config.linear, config.block_q, config.block_k)
+    scale = default_scale(scale, query.shape[-1])
+    spec = Spec(scale, config.feature_map, config.linear, config.block_q, config.block_k)
     bias = key_bias(key_padding_mask, query.shape[0], query.shape[2])
     weight, shift = (None if tensor is None else tensor.double() for tensor in (proj_weight, proj_bias))
-    output, _ = reference_attention(
-        query.double(), key.double(), value.double(), block_map, spec, proj_weight=weight, proj_bias=shift, key_bias=bias
-    )
-    return output
+    double = (tensor.double() for tensor in (query, key, value))
+    return reference_attention(*double, block_map, spec, proj_weight=weight, proj_bias=shift, key_bias=bias)[0]
 
 
 def error_over_budget(result: Tensor, exact: Tensor, eager: Tensor, *, tokens: int, scale: float = 0.0) -> float:

@@ -1,0 +1,149 @@
+"""What the source of a model's forwards tells about its attentions, without running them."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+ATTENTION = {"scaled_dot_product_attention", "dispatch_attention_fn"}
+_CONCATENATE = {"cat", "concat", "concatenate"}
+_METADATA = {"shape", "ndim", "dtype", "device"}
+_FOLLOWED = 3  # calls deep
+
+
+def names_used(caller: Any) -> set[str]:
+    """Names of functions and attributes in the code behind a call of `caller`, a module or any other callable.
+
+    It follows what the code refers to by name: methods and callable attributes of `caller`, functions of its file.
+    """
+    used: set[str] = set()
+    pending = [(caller, _FOLLOWED)]
+    seen: set[int] = set()
+    while pending:
+        target, left = pending.pop()
+        function = _function(target)
+        if id(target) in seen or function is None:
+            continue
+        seen.add(id(target))
+        names = set(_names(function.__code__))
+        used |= names
+        for name in names if left else ():
+            value = getattr(target, name, function.__globals__.get(name))
+            if callable(value) and not inspect.isclass(value):
+                pending.append((value, left - 1))
+    return used
+
+
+def concatenates(function: Any, second: str) -> bool:
+    """Whether the queries of the attention in `function` come from a concatenation with its argument `second`."""
+    derived, joined = {second}, set()  # names computed from `second`, and from a concatenation with it
+    for statement in _statements(_function(function)):
+        for call in _calls(statement.value):
+            if _called(call) in ATTENTION and call.args:
+                return bool(_read(call.args[0]) & joined)
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        written = {node.id for target in targets if target for node in ast.walk(target) if isinstance(node, ast.Name)}
+        read = _read(statement.value)
+        joins = any(_called(call) in _CONCATENATE and _read(call) & derived for call in _calls(statement.value))
+        if joins or read & joined:
+            joined |= written
+        if read & derived:
+            derived |= written
+    return False
+
+
+def passes(caller: nn.Module, attribute: str, module: nn.Module, second: str) -> bool | None:
+    """Whether the code of `caller` gives its child `module`, kept under `attribute`, an argument `second`.
+
+    None where it does not say: no call by that name, or several that differ.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    answers = {
+        _call_passes(call, second, names)
+        for base in type(caller).__mro__[: type(caller).__mro__.index(nn.Module)]
+        for call in _method_calls(base).get(attribute, ())
+    }
+    return answers.pop() if len(answers) == 1 else None
+
+
+def _call_passes(call: ast.Call, second: str, names: list[str]) -> bool | None:
+    if any(isinstance(argument, ast.Starred) for argument in call.args):
+        return None
+    # A ** is taken not to carry it: at run time a call that does stays dense.
+    given = dict(zip(names, call.args, strict=False)) | {k.arg: k.value for k in call.keywords if k.arg}
+    value = given.get(second)
+    if value is None or (isinstance(value, ast.Constant) and value.value is None):
+        return False
+    first = call.args[0] if call.args else given.get(names[0]) if names else None
+    return not (first is not None and ast.dump(first) == ast.dump(value))
+
+
+def _function(target: Any) -> types.FunctionType | None:
+    """The plain function behind a call of `target`, under decorators."""
+    if isinstance(target, nn.Module):
+        target = type(target).forward
+    elif not inspect.isroutine(target):
+        target = type(target).__call__ if callable(target) else None
+    function = inspect.unwrap(target) if callable(target) else None
+    function = getattr(function, "__func__", function)
+    return function if isinstance(function, types.FunctionType) else None
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+@functools.cache
+def _tree(definition: Any) -> ast.Module:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(definition)))
+    except (OSError, TypeError, SyntaxError):  # built at run time, or shipped without source
+        return ast.Module([], [])
+
+
+def _statements(function: types.FunctionType | None) -> list[Any]:
+    """Statements with a value, in the order of the source."""
+    kinds = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
+    found = [node for node in ast.walk(_tree(function)) if isinstance(node, kinds) and node.value is not None]
+    return sorted(found, key=lambda node: node.lineno)
+
+
+def _calls(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+@functools.cache
+def _method_calls(definition: type) -> dict[str, list[ast.Call]]:
+    """Calls like ``self.attribute(...)`` in the code of a class, by attribute."""
+    found: dict[str, list[ast.Call]] = {}
+    for call in _calls(_tree(definition)):
+        if isinstance(call.func, ast.Attribute):
+            found.setdefault(call.func.attr, []).append(call)
+    return found
+
+
+def _called(call: ast.Call) -> str:
+    return getattr(call.func, "attr", None) or getattr(call.func, "id", "")
+
+
+def _read(expression: ast.AST) -> set[str]:
+    """Names whose values go into an expression; shapes and comparisons do not count."""
+    if isinstance(expression, ast.Name):
+        return {expression.id}
+    if isinstance(expression, ast.Compare) or getattr(expression, "attr", None) in _METADATA:
+        return set()
+    if isinstance(expression, ast.Call) and _called(expression) in ("size", "len"):
+        return set()
+    children = [child for child in ast.iter_child_nodes(expression) if child is not getattr(expression, "test", None)]
+    return set().union(*map(_read, children))
