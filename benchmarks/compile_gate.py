@@ -92,8 +92,7 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     from sla_compile.kernels.spec import Spec, num_blocks
     from sla_compile.kernels.tuning import Target
 
-    backend = "cuda" if isinstance(case.arch, int) else "hip"
-    target = Target(backend, case.arch, SHARED_MEMORY[case.arch])
+    target = Target.of_arch(case.arch)
     batch, heads, length = 1, 2, 4090
     tokens = torch.empty(batch, length, heads, case.dim, dtype=DTYPES[case.dtype], device="meta").transpose(1, 2)
     block_map = torch.empty(

@@ -152,7 +152,8 @@ class _Call:
             **_strides("output", output), stride_proj_bias=_stride(self.proj_bias, 0),
             epsilon=self.spec.epsilon, head_start=self.start * self.group,
             STATE=state_size(self.head_dim), FEATURE_MAP=self.spec.feature_map, MIN_DENOMINATOR=MIN_DENOMINATOR,
-            **_addressing(self.query, self.key, self.value, output), SLICE=chosen.slice, **self.common(), **chosen.tiles,
+            **_addressing(self.query, self.key, self.value, output), SLICE=chosen.slice,
+            **self.common(), **chosen.tiles,
         )  # fmt: skip
 
     def run_backward(

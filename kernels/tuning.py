@@ -1,6 +1,6 @@
 """Tile sizes and launch options of each kernel: static, a function of head dimension, dtype and architecture.
 
-Every row of the tables is the largest that compiles without spilled registers and within shared memory, found with
+The rows of the tables are the largest that compile within shared memory and with hardly a spilled register, found with
 benchmarks/compile_gate.py; none was measured on a GPU.
 """
 
@@ -17,11 +17,21 @@ MAX_TILE = 128
 
 @dataclass(frozen=True)
 class Target:
-    """What the choice of tiles depends on: vendor, architecture (90 for sm_90, "gfx942"), shared memory of a block."""
+    """What the choice of tiles depends on.
 
-    backend: str
-    arch: int | str
-    shared_memory: int
+    kind: "wgmma" where a matrix product reads its operands from shared memory (sm_90, sm_100), "mma" where it takes
+    registers for them (sm_80 to sm_89, sm_120), "hip" for AMD. tf32: whether products of that precision exist.
+    """
+
+    kind: str
+    tf32: bool
+
+    @classmethod
+    def of_arch(cls, arch: int | str) -> Target:
+        """The target of a compute capability (90 for sm_90) or of an AMD architecture ("gfx942")."""
+        if isinstance(arch, int):
+            return cls("wgmma" if 90 <= arch < 120 else "mma", True)
+        return cls("hip", arch == "gfx942")
 
 
 @dataclass(frozen=True)
@@ -63,16 +73,12 @@ class Plan:
     precision: str
 
 
-# Bytes of shared memory that one block of threads may have, by compute capability.
-_SHARED_MEMORY = {80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448}
-_SMALL_SHARED_MEMORY = 101376
-
 _Row = tuple[int, int, int, int, int]
 
-# By kind of architecture (much or little shared memory, or AMD's) and bytes of a token's row; 16-bit inputs. Where a
-# tile_q exceeds the query block, it is cut to the block, and the warps with it.
+# For 16-bit inputs, by kind of architecture and bytes of a token's row: tile_q, tile_k, slice, warps, stages. A tile_q
+# larger than the query block is cut to the block, and the warps with it.
 _PLANS: dict[tuple[str, int], dict[str, _Row]] = {
-    ("large", 128): {
+    ("wgmma", 128): {
         "forward": (128, 64, 32, 8, 3),
         "query_gradient": (128, 64, 0, 8, 3),
         "key_gradient": (64, 64, 0, 4, 3),
@@ -81,7 +87,7 @@ _PLANS: dict[tuple[str, int], dict[str, _Row]] = {
         "summaries": (0, 64, 64, 4, 2),
         "block_sums": (128, 32, 128, 8, 3),
     },
-    ("large", 256): {
+    ("wgmma", 256): {
         "forward": (128, 64, 32, 8, 3),
         "query_gradient": (128, 64, 0, 8, 3),
         "key_gradient": (32, 64, 0, 4, 3),
@@ -90,7 +96,7 @@ _PLANS: dict[tuple[str, int], dict[str, _Row]] = {
         "summaries": (0, 64, 64, 8, 2),
         "block_sums": (128, 32, 128, 8, 3),
     },
-    ("large", 512): {
+    ("wgmma", 512): {
         "forward": (64, 16, 32, 8, 3),
         "query_gradient": (32, 64, 0, 8, 3),
         "key_gradient": (16, 64, 0, 8, 3),
@@ -99,7 +105,7 @@ _PLANS: dict[tuple[str, int], dict[str, _Row]] = {
         "summaries": (0, 32, 64, 8, 2),
         "block_sums": (128, 32, 128, 8, 3),
     },
-    ("small", 128): {
+    ("mma", 128): {
         "forward": (128, 64, 32, 8, 3),
         "query_gradient": (128, 32, 0, 8, 3),
         "key_gradient": (64, 64, 0, 4, 3),
@@ -108,7 +114,7 @@ _PLANS: dict[tuple[str, int], dict[str, _Row]] = {
         "summaries": (0, 64, 64, 4, 2),
         "block_sums": (128, 32, 128, 8, 3),
     },
-    ("small", 256): {
+    ("mma", 256): {
         "forward": (128, 16, 32, 8, 3),
         "query_gradient": (128, 16, 0, 8, 3),
         "key_gradient": (16, 64, 0, 4, 3),
@@ -117,7 +123,7 @@ _PLANS: dict[tuple[str, int], dict[str, _Row]] = {
         "summaries": (0, 32, 32, 8, 2),
         "block_sums": (128, 32, 128, 8, 3),
     },
-    ("small", 512): {
+    ("mma", 512): {
         "forward": (64, 32, 32, 8, 3),
         "query_gradient": (64, 16, 0, 4, 3),
         "key_gradient": (16, 64, 0, 8, 3),
@@ -199,24 +205,18 @@ _FLOAT32_PLANS: dict[int, dict[str, _Row]] = {
 def target_of(device: torch.device) -> Target:
     """The target of a device; a CPU, where the kernels are interpreted, counts as sm_90."""
     if device.type != "cuda":
-        return Target("cuda", 90, _SHARED_MEMORY[90])
+        return Target.of_arch(90)
     if torch.version.hip is not None:
-        return Target("hip", torch.cuda.get_device_properties(device).gcnArchName.split(":")[0], 65536)
+        return Target.of_arch(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
     major, minor = torch.cuda.get_device_capability(device)
-    arch = 10 * major + minor
-    return Target("cuda", arch, _SHARED_MEMORY.get(arch, _SMALL_SHARED_MEMORY))
+    return Target.of_arch(10 * major + minor)
 
 
 @lru_cache
 def plan(dims: int, itemsize: int, block_q: int, block_k: int, target: Target) -> Plan:
     """Launches for heads of `dims` padded columns and elements of `itemsize` bytes."""
     row_bytes = max(128, dims * itemsize)
-    if itemsize == 4:
-        rows = _FLOAT32_PLANS[row_bytes]
-    elif target.backend == "hip":
-        rows = _PLANS["hip", row_bytes]
-    else:
-        rows = _PLANS["large" if target.shared_memory > 1.5 * _SMALL_SHARED_MEMORY else "small", row_bytes]
+    rows = _FLOAT32_PLANS[row_bytes] if itemsize == 4 else _PLANS[target.kind, row_bytes]
     launches = {}
     for kernel, (tile_q, tile_k, slice_, warps, stages) in rows.items():
         if kernel != "block_sums":
@@ -224,5 +224,4 @@ def plan(dims: int, itemsize: int, block_q: int, block_k: int, target: Target) -
                 tile_q, warps = block_q, warps * block_q // tile_q
             tile_k, slice_ = min(tile_k, block_k), min(slice_, dims)
         launches[kernel] = Launch(tile_q, tile_k, slice_, warps, stages)
-    tf32 = itemsize == 2 and (target.backend == "cuda" or target.arch == "gfx942")
-    return Plan(**launches, precision="tf32" if tf32 else "ieee")
+    return Plan(**launches, precision="tf32" if itemsize == 2 and target.tf32 else "ieee")

@@ -41,8 +41,8 @@ def sla(
     """Compiles a Dynamo graph with its attentions rewritten.
 
     Args:
-        options: fields of SLAConfig (``linear`` is "none" unless given); ``config``, a whole SLAConfig instead; ``inner``,
-            a backend's name or function, default "inductor"; ``on_report``, called with the sites of every graph;
+        options: fields of SLAConfig (``linear`` is "none" unless given), or ``config``, a whole SLAConfig; ``inner``, a
+            backend's name or function, default "inductor"; ``on_report``, called with the sites of every graph;
             anything else goes to the inner backend as its options.
         mode: as of torch.compile, for Inductor.
 
@@ -59,7 +59,7 @@ def sla(
 
 
 def reports() -> list[list[Site]]:
-    """What the backend decided: the sites of every graph it compiled in this process, the latest 256 graphs, oldest first.
+    """What the backend decided: the sites of every graph it compiled in this process, oldest first, at most 256 graphs.
 
     Dynamo calls a backend for every graph it captures; hits of Inductor's caches come after that and do not hide a
     report. A graph that Dynamo does not capture again is not reported again.
@@ -75,7 +75,7 @@ def clear_reports() -> None:
 
 
 def register() -> None:
-    """Makes ``torch.compile(..., backend="sla")`` work where the package is not installed; installed, its entry point does."""
+    """Makes ``torch.compile(..., backend="sla")`` work in a checkout; of an installed package the entry point does."""
     if "sla" not in list_backends(exclude_tags=()):
         register_backend(sla, name="sla")
 
@@ -126,7 +126,8 @@ def _compile(
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**(list_mode_options(mode) if mode else {}), **options}
-        return compile_fx(graph_module, list(example_inputs), config_patches=patches or None)
+        compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=patches or None)
+        return compiled
     keywords: dict[str, Any] = {"options": options} if options else {}
     if mode:
         keywords["mode"] = mode

@@ -15,7 +15,7 @@ from sla_compile.module import SparseLinearAttention
 from sla_compile.ops import op_scalars
 from sla_compile.passes.find import Match
 from sla_compile.passes.layout import Operand
-from sla_compile.passes.nodes import is_idle, mutates, same, same_shape
+from sla_compile.passes.nodes import hint, is_idle, mutates, same, same_shape
 from sla_compile.passes.scopes import Scope
 
 aten = torch.ops.aten
@@ -26,7 +26,15 @@ _TAKES_OPERANDS = frozenset(
 )
 """Operations to which a parameter can be passed as one more operand."""
 
-_RESULT_META = ("val", "example_value", "tensor_meta", "unbacked_bindings", "original_aten", "torch_fn", "source_fn_stack")
+_RESULT_META = (
+    "val",
+    "example_value",
+    "tensor_meta",
+    "unbacked_bindings",
+    "original_aten",
+    "torch_fn",
+    "source_fn_stack",
+)
 
 
 def can_pass_operands(scope: Scope) -> str:
@@ -39,9 +47,9 @@ def can_pass_operands(scope: Scope) -> str:
                 f"its graph {each.path} is called {len(each.callers)} times and would share one set of parameters; "
                 'linear="none" needs none'
             )
-        if each.operation not in _TAKES_OPERANDS or each.callers[0].operands is None or each.callers[0].node.kwargs.keys() - {
-            "use_reentrant"
-        }:
+        caller = each.callers[0]
+        named = each.operation == "call_module" and caller.node.kwargs
+        if each.operation not in _TAKES_OPERANDS or caller.operands is None or named:
             return f'parameters cannot be passed into {each.operation}; linear="none" needs none'
     return ""
 
@@ -75,15 +83,13 @@ class Edits:
             parameters: list[fx.Node | None] = [None, None]
             if config.has_projection:
                 path, module = self._parameters.module(match.name, config, match.query.shape[-1], value.device)
-                parameters = [self._parameter(match.scope, f"{path}.{name}", parameter, value)
-                              for name, parameter in module.named_parameters()]
+                parameters = [
+                    self._parameter(match.scope, f"{path}.{name}", parameter, value)
+                    for name, parameter in module.named_parameters()
+                ]
             edit.rewrite(match, config, parameters)
         for edit in self._graphs.values():
             edit.finish()
-
-    def graph(self, scope: Scope) -> fx.Graph:
-        """The scope's graph as it will be."""
-        return self._edit(scope).graph
 
     def commit(self) -> None:
         """Puts the copies in place of the originals."""
@@ -108,7 +114,9 @@ class Edits:
             outer = self._parameter(scope.parent, path, parameter, like)
             caller = self._edit(scope.parent).map[scope.callers[0].node]
             if scope.operation == "cond":
-                caller.args = (*caller.args[:3], (*caller.args[3], outer))
+                predicate, accepted, rejected, operands = caller.args
+                assert isinstance(operands, (tuple, list))
+                caller.args = (predicate, accepted, rejected, (*operands, outer))
             else:
                 caller.args = (*caller.args, outer)
             for sibling in scope.siblings:
@@ -150,8 +158,7 @@ class _Edit:
 
     def placeholder(self, name: str, value: Any) -> fx.Node:
         """One more input, behind those the graph has."""
-        *_, last = (node for node in self.graph.nodes if node.op == "placeholder")
-        with self.graph.inserting_after(last):
+        with self.graph.inserting_before(next(node for node in self.graph.nodes if node.op != "placeholder")):
             node = self.graph.placeholder(name)
         self.note(node, value)
         return node
@@ -166,10 +173,13 @@ class _Edit:
                 result = self._multi_head(match, config, parameters, output)
         before = self.values[output]
         output.replace_all_uses_with(result)
+        self.map[match.output] = result  # another attention may begin where this one ends
         self._replaced.append((result, before))
-        self._erase([self.map[node] for node in match.inner])
+        self._erase({output, *(self.map[node] for node in match.inner if node is not match.output)})
 
-    def _attention(self, match: Match, config: SLAConfig, parameters: Sequence[fx.Node | None], output: fx.Node) -> fx.Node:
+    def _attention(
+        self, match: Match, config: SLAConfig, parameters: Sequence[fx.Node | None], output: fx.Node
+    ) -> fx.Node:
         operands = [self._operand(operand, output) for operand in (match.query, match.key, match.value)]
         flat = len(match.query.shape) == 3
         if flat:
@@ -250,7 +260,9 @@ class _Edit:
         self.note(node, self._result(node))
         return node
 
-    def _multi_head(self, match: Match, config: SLAConfig, parameters: Sequence[fx.Node | None], output: fx.Node) -> fx.Node:
+    def _multi_head(
+        self, match: Match, config: SLAConfig, parameters: Sequence[fx.Node | None], output: fx.Node
+    ) -> fx.Node:
         """``F.multi_head_attention_forward`` with its projections written out."""
         arguments = match.multi_head
         assert arguments is not None
@@ -310,9 +322,8 @@ class _Edit:
     def _describe(self, node: fx.Node, output: fx.Node) -> None:
         node.meta.update({key: value for key, value in output.meta.items() if key not in _RESULT_META})
 
-    def _erase(self, inner: Iterable[fx.Node]) -> None:
+    def _erase(self, inner: set[fx.Node]) -> None:
         """Erases the nodes, and upstream of them whatever was computed for them alone."""
-        inner = set(inner)
         idle = {user for node in inner for user in _idle_users(node)} - inner
         for node in sorted(idle, reverse=True):
             self.graph.erase_node(node)
@@ -334,7 +345,7 @@ class _Edit:
 
     def _restride(self, node: fx.Node, before: Tensor) -> None:
         """Carries the strides of the op's output on, as far as they differ from the former ones. Where that would change
-        an output or break a ``view``, a contiguous tensor comes between."""
+        an output's or break a ``view``, a copy comes between."""
         if _same_layout(self.values[node], before):
             return
         changed = {node: self.values[node]}
@@ -343,35 +354,49 @@ class _Edit:
                 continue
             after = self._restrided(each, changed)
             if after is None:
-                with self.graph.inserting_after(node):
-                    copied = self.graph.call_function(aten.contiguous.default, (node,))
-                self._describe(copied, node)
-                node.replace_all_uses_with(copied, delete_user_cb=lambda user, made=copied: user is not made)
-                self.note(copied, self.values[node].contiguous())
+                self._restore_layout(node, before)
                 return
-            if isinstance(after, Tensor) and not _same_layout(after, self.values[each]):
+            if not _same_layout(after, self.values[each]):
                 changed[each] = after
         for each, value in changed.items():
             self.note(each, value)
+
+    def _restore_layout(self, node: fx.Node, before: Tensor) -> None:
+        """Copies the op's output into the layout that the nodes behind it were traced for."""
+        users = list(node.users)
+        order = sorted(range(before.dim()), key=lambda dim: -(hint(before.stride(dim)) or 0))
+        last = node
+        for target, arguments in (
+            (aten.permute.default, (order,)),
+            (aten.contiguous.default, ()),
+            (aten.permute.default, ([order.index(dim) for dim in range(before.dim())],)),
+        ):
+            if arguments and order == sorted(order):
+                continue
+            with self.graph.inserting_after(last):
+                last = self._call(node, target, last, *arguments)
+        for user in users:
+            user.replace_input_with(node, last)
 
     def _restrided(self, node: fx.Node, changed: dict[fx.Node, Any]) -> Any:
         """The node's result from the changed inputs; None where it needs the former layout."""
         known = self.values.get(node)
         if node.op not in ("call_function", "call_method") or isinstance(node.target, torch._ops.HigherOrderOperator):
             return None
-        if not isinstance(known, Tensor):
-            return () if isinstance(known, (int, torch.SymInt)) else None
-
-        def read(each: fx.Node) -> Any:
-            return changed.get(each, self.values.get(each))
-
+        if isinstance(known, (int, float, torch.SymInt, torch.Size)):
+            return known
         try:
-            result = _run(node, read)
+            result = _run(node, lambda each: changed.get(each, self.values.get(each)))
         except (RuntimeError, TypeError, ValueError):
             return None
-        # another dtype: the node is inside of an autocast region, which only the run enters; its strides do not matter
-        fits = isinstance(result, Tensor) and result.dtype == known.dtype and same_shape(result.shape, known.shape)
+        # another dtype: the node is in an autocast region, which only the run enters; its strides do not matter
+        pairs = list(zip(_tensors(result), _tensors(known), strict=False))
+        fits = pairs and all(a.dtype == b.dtype and same_shape(a.shape, b.shape) for a, b in pairs)
         return result if fits else known
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [each for each in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(each, Tensor)]
 
 
 def _idle_users(node: fx.Node) -> Iterator[fx.Node]:
@@ -390,9 +415,13 @@ def _run(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _same_layout(left: Tensor, right: Tensor) -> bool:
-    strides = zip(left.shape, left.stride(), right.stride(), strict=True)
-    return all(same(size, 1) or same(a, b) for size, a, b in strides)
+def _same_layout(left: Any, right: Any) -> bool:
+    """Whether two results, tensors or tuples of tensors of the same shapes, have the same strides."""
+    for a, b in zip(_tensors(left), _tensors(right), strict=False):
+        strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+        if not all(same(size, 1) or same(first, second) for size, first, second in strides):
+            return False
+    return True
 
 
 def _is_pure(node: fx.Node) -> bool:

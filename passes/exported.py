@@ -1,19 +1,20 @@
 """Sparse-linear attention in a torch.export.ExportedProgram.
 
-The attentions of its graph become the op, as in rewrite.py; the added parameters become inputs of the graph behind those
-it has, entries of the signature and of the state dict, so that the program is trained, saved and loaded as before.
+The attentions of its graph become the op, as in rewrite.py; the added parameters become inputs of the graph behind the
+parameters it has, and entries of the signature and of the state dict: it is trained, saved and loaded as before.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram, ModuleCallEntry
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 
 from sla_compile.passes import rewrite
 from sla_compile.passes.edit import Edits
@@ -61,16 +62,15 @@ def accelerate_exported(
     edits.rewrite((d.match, d.config) for d in decisions if d.config is not None)
     edits.commit()
     module.meta[rewrite.META_KEY] = {"sites": sites, "caller": rewrite.caller()}
-    signature = ExportGraphSignature(
-        input_specs=parameters.input_specs(), output_specs=list(program.graph_signature.output_specs)
-    )
+    outputs, calls = _renamed_outputs(program, module.graph)
+    signature = ExportGraphSignature(input_specs=parameters.input_specs(), output_specs=outputs)
     rewritten = ExportedProgram(
         root=module,
         graph=module.graph,
         graph_signature=signature,
         state_dict={**program.state_dict, **parameters.state()},
         range_constraints=copy.deepcopy(program.range_constraints),
-        module_call_graph=_copied_calls(program),
+        module_call_graph=calls,
         example_inputs=program.example_inputs,
         constants=program.constants,
         verifiers=program.verifiers,
@@ -78,11 +78,25 @@ def accelerate_exported(
     return rewritten, sites
 
 
-def _copied_calls(program: ExportedProgram) -> list[ModuleCallEntry]:
-    """The module call graph, which the new program edits; its tree specifications are immutable and shared."""
+def _renamed_outputs(program: ExportedProgram, graph: fx.Graph) -> tuple[list[OutputSpec], list[ModuleCallEntry]]:
+    """The output specifications and the module call graph, where a node that was replaced is an output itself."""
+    (arguments,) = graph.output_node().args
+    assert isinstance(arguments, (tuple, list))
+    specs, renamed = [], {}
+    for spec, argument in zip(program.graph_signature.output_specs, arguments, strict=True):
+        if isinstance(spec.arg, TensorArgument) and isinstance(argument, fx.Node):
+            renamed[spec.arg.name] = argument.name
+            spec = dataclasses.replace(spec, arg=TensorArgument(argument.name))
+        specs.append(spec)
+    # tree specifications are immutable, and their class warns when it is copied
     signatures = [entry.signature for entry in program.module_call_graph if entry.signature is not None]
     shared = {id(spec): spec for signature in signatures for spec in (signature.in_spec, signature.out_spec)}
-    return copy.deepcopy(program.module_call_graph, shared)
+    calls = copy.deepcopy(program.module_call_graph, shared)
+    for entry in calls:
+        for argument in entry.signature.outputs if entry.signature is not None else ():
+            if isinstance(argument, TensorArgument):
+                argument.name = renamed.get(argument.name, argument.name)
+    return specs, calls
 
 
 class _ProgramParameters(rewrite.ModuleParameters):
@@ -99,7 +113,9 @@ class _ProgramParameters(rewrite.ModuleParameters):
         path, module = super().module(owner, config, head_dim, device)
         clash = sorted(name for name in self._taken if name == path or name.startswith(f"{path}."))
         if clash:
-            raise ValueError(f"the parameters of sparse-linear attention belong at {path}, but the program has {clash[0]}")
+            raise ValueError(
+                f"the parameters of sparse-linear attention belong at {path}, but the program has {clash[0]}"
+            )
         return path, module
 
     def tensors(self) -> Iterable[tuple[str, torch.Tensor]]:

@@ -1,10 +1,10 @@
 """Finds the attentions of captured graphs, in every spelling and in subgraphs too.
 
-    out = F.scaled_dot_product_attention(q, k, v)                  Dynamo, symbolic_trace
-    out = aten.scaled_dot_product_attention.default(q, k, v)       torch.export
-    out = aten._scaled_dot_product_flash_attention...(q, k, v)[0]  make_fx
-    out = F.multi_head_attention_forward(x, x, x, ...)[0]          nn.MultiheadAttention under Dynamo
-    out = softmax(q @ k.mT * s + mask) @ v                         written out, see softmax.py
+out = F.scaled_dot_product_attention(q, k, v)                  Dynamo, symbolic_trace
+out = aten.scaled_dot_product_attention.default(q, k, v)       torch.export
+out = aten._scaled_dot_product_flash_attention...(q, k, v)[0]  make_fx
+out = F.multi_head_attention_forward(x, x, x, ...)[0]          nn.MultiheadAttention under Dynamo
+out = softmax(q @ k.mT * s + mask) @ v                         written out, see softmax.py
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ _BACKEND_CALLS = frozenset(
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
     "_scaled_dot_product_attention_math _scaled_dot_product_fused_attention_overrideable".split()
 )
-_OPAQUE = re.compile(r"flash_attn|flex_attention|sage_?attn|memory_efficient_attention|_native_multi_head_attention|"
-                     r"_transformer_encoder_layer_fwd|varlen_attn", re.IGNORECASE)
+_OPAQUE = re.compile(
+    r"flash_attn|flex_attention|sage_?attn|memory_efficient_attention|_native_multi_head_attention|"
+    r"_transformer_encoder_layer_fwd|varlen_attn",
+    re.IGNORECASE,
+)
 
 
 _NO_MODULES = frozenset("__dict__ _modules _orig_mod _fsdp_wrapped_module".split())
@@ -173,22 +176,16 @@ def _dense(scope: Scope, node: fx.Node, kind: str, reason: str) -> Match:
 def _product_attention(scope: Scope, node: fx.Node, output: fx.Node, call: Call) -> Match:
     reader = scope.reader
     mask = call["attn_mask"] if call["attn_mask"] is not None else call["attn_bias"]
-    match = Match(
-        scope,
-        _name(scope, node),
-        SDPA,
-        output,
-        *(Operand(call[name], [], reader.shape(call[name]) or ()) for name in ("query", "key", "value")),
-        mask=None if mask is None else shared_mask(mask, False, reader),
-        scale=call["scale"],
-        inner={node, output},
-    )
+    query, key, value = (Operand(call[name], [], reader.shape(call[name]) or ()) for name in ("query", "key", "value"))
+    match = Match(scope, _name(scope, node), SDPA, output, query, key, value, inner={node, output})
+    match.mask = None if mask is None else shared_mask(mask, False, reader)
+    match.scale = call["scale"]
     for name in ("dropout_p", "is_causal", "enable_gqa"):
-        value = call[name]
-        if isinstance(value, fx.Node):
+        flag = call[name]
+        if isinstance(flag, fx.Node):
             match.refusal = f"{name} is not constant"
-        elif value is not None:
-            setattr(match, name, value)
+        elif flag is not None:
+            setattr(match, name, flag)
     return match
 
 
@@ -230,7 +227,10 @@ def _multi_head_module(scope: Scope, node: fx.Node, module: nn.MultiheadAttentio
     bound.apply_defaults()
     arguments = {
         **dict.fromkeys(inspect.signature(F.multi_head_attention_forward).parameters),
-        **{name: bound.arguments[name] for name in ("query", "key", "value", "key_padding_mask", "attn_mask", "is_causal")},
+        **{
+            name: bound.arguments[name]
+            for name in ("query", "key", "value", "key_padding_mask", "attn_mask", "is_causal")
+        },
         "num_heads": module.num_heads,
         "dropout_p": module.dropout,
         "training": module.training,
@@ -239,7 +239,15 @@ def _multi_head_module(scope: Scope, node: fx.Node, module: nn.MultiheadAttentio
         "out_proj_weight": f"{node.target}.out_proj.weight",
         "batch_first": module.batch_first,
     }
-    for name in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v"):
+    for name in (
+        "in_proj_weight",
+        "in_proj_bias",
+        "q_proj_weight",
+        "k_proj_weight",
+        "v_proj_weight",
+        "bias_k",
+        "bias_v",
+    ):
         if getattr(module, name) is not None:
             arguments[name] = f"{node.target}.{name}"
     if module.out_proj.bias is not None:
@@ -251,9 +259,9 @@ def _multi_head(scope: Scope, node: fx.Node, arguments: dict[str, Any], name: st
     reader = scope.reader
     outputs = [user for user in node.users if user.args[1:] == (0,)]
     weights_used = any(user.users for user in node.users if user not in outputs)
-    operands = [Operand(arguments[each], [], ()) for each in ("query", "key", "value")]
+    query, key, value = operands = [Operand(arguments[each]) for each in ("query", "key", "value")]
     output = outputs[0] if len(outputs) == 1 else node
-    match = Match(scope, name or _name(scope, node), MULTI_HEAD, output, *operands, multi_head=arguments)
+    match = Match(scope, name or _name(scope, node), MULTI_HEAD, output, query, key, value, multi_head=arguments)
     match.inner = {node, *node.users}
     match.refusal = _why_not_multi_head(arguments, len(outputs), weights_used, reader)
     if match.refusal:
@@ -268,7 +276,9 @@ def _multi_head(scope: Scope, node: fx.Node, arguments: dict[str, Any], name: st
     mask = arguments["key_padding_mask"]
     if mask is not None:
         batch, length = reader.shape(mask) or (None, None)
-        match.mask = Mask(mask, getattr(reader.value(mask), "is_floating_point", bool)() is False, (batch, 1, 1, length))
+        match.mask = Mask(
+            mask, getattr(reader.value(mask), "is_floating_point", bool)() is False, (batch, 1, 1, length)
+        )
     match.dropout_p = arguments["dropout_p"] if arguments["training"] else 0.0
     match.is_causal = bool(arguments["is_causal"])
     return match

@@ -220,10 +220,11 @@ def regroup(source: Frame, target: Frame) -> list[tuple]:
 
 
 def without_identities(views: list[tuple]) -> list[tuple]:
+    """The views without permutations that change nothing."""
     return [view for view in views if view[0] != "permute" or view[1] != tuple(range(len(view[1])))]
 
 
-# ---- where the operands come from -------------------------------------------------------------------------------------
+# ---- where the operands come from ------------------------------------------------------------------------------------
 
 
 def peel_scale(operand: Operand, scale: Scale, reader: Reader) -> None:
@@ -334,7 +335,7 @@ def _unexpanded(mask: fx.Node, reader: Reader) -> fx.Node:
 
 
 def peel_upcast(operand: Operand, dtype: torch.dtype, reader: Reader) -> bool:
-    """``q.float() @ k.float().mT``: the kernel accumulates in float32 anyway, so it takes the tensors before the cast."""
+    """``q.float() @ k.float().mT``: the kernel accumulates in float32 anyway, so it takes what was cast."""
     call = reader.call(operand.node)
     if reader.value(operand.node).dtype == dtype or call is None or call.name not in CASTS:
         return False

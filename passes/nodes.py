@@ -37,14 +37,12 @@ ALIASES = {
 """One name per computation."""
 
 RESHAPES = frozenset(
-    "view reshape _unsafe_view flatten unflatten unsqueeze squeeze contiguous clone expand expand_as view_as reshape_as "
-    "alias lift_fresh_copy identity".split()
+    "view reshape _unsafe_view flatten unflatten unsqueeze squeeze contiguous clone expand expand_as view_as "
+    "reshape_as alias lift_fresh_copy identity".split()
 )
 """Operations that keep the elements in row-major order; what they do is read from the shapes."""
 
-CASTS = frozenset(
-    "to _to_copy float half bfloat16 double type type_as convert_element_type".split()
-)
+CASTS = frozenset("to _to_copy float half bfloat16 double type type_as convert_element_type".split())
 
 PERMUTES = frozenset("transpose permute t mT adjoint mH".split())
 

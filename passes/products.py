@@ -64,8 +64,8 @@ def _read_einsum(call: Call, reader: Reader) -> Product | None:
         return None
     inputs, _, output = equation.partition("->")
     sides = inputs.split(",")
-    shapes = [reader.shape(operand) for operand in operands]
-    if len(sides) != 2 or shapes[0] is None or shapes[1] is None:
+    shapes = [reader.shape(operand) or () for operand in operands]
+    if len(sides) != 2 or not all(shapes):
         return None
     dots = [len(shape) - len(side.replace("...", "")) for side, shape in zip(sides, shapes, strict=True)]
     if "..." in equation and (dots[0] != dots[1] or not all("..." in text for text in (*sides, output))):

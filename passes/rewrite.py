@@ -1,9 +1,9 @@
 """Rewrites the attentions of a captured graph to sparse-linear attention, in place and all or nothing.
 
-    out = F.scaled_dot_product_attention(q, k, v)
-        becomes
-    weight, bias = self.blocks.0.attn1.sla.proj_weight, self.blocks.0.attn1.sla.proj_bias
-    out = torch.ops.sla_compile.sparse_linear_attention.default(q, k, v, weight, bias, None, None, ...)[0]
+out = F.scaled_dot_product_attention(q, k, v)
+    becomes
+weight, bias = self.blocks.0.attn1.sla.proj_weight, self.blocks.0.attn1.sla.proj_bias
+out = torch.ops.sla_compile.sparse_linear_attention.default(q, k, v, weight, bias, None, None, ...)[0]
 """
 
 from __future__ import annotations
@@ -132,25 +132,34 @@ def _why_dense(match: Match, config: SLAConfig, may_guard: bool) -> str:
     sizes = [size for shape in (*shapes, mask_shape) for size in shape]
     if any(hint(size) is None for size in sizes):
         return "its shape depends on data"
-    if isinstance(shapes[0][-1], torch.SymInt):
+    if may_guard:
+        for operand, shape in zip(operands, shapes, strict=True):
+            operand.shape = (*shape[:-1], int(shape[-1]))  # the head dimension is a constant of the op
+        shapes = [operand.shape for operand in operands]
+    elif isinstance(shapes[0][-1], torch.SymInt):
         return "its head dimension is symbolic"
-    if not may_guard:
-        reason = _equal_by_chance(*shapes, mask_shape)
+    else:
+        reason = _equal_by_chance(shapes[0], shapes[1], shapes[2], mask_shape)
         if reason:
             return reason
         shapes = [tuple(hint(size) for size in shape) for shape in shapes]
         mask_shape = tuple(hint(size) for size in mask_shape)
     query, key, value = (_Described(shape, value) for shape, value in zip(shapes, values, strict=True))
-    mask = None if match.mask is None else _Described(mask_shape, mask_value)
-    described: Any = (query, key, value, mask)
-    return why_dense(*described, match.dropout_p, match.is_causal, match.enable_gqa, config) or ""
+    mask = None if mask_value is None else _Described(mask_shape, mask_value)
+    flags = (match.dropout_p, match.is_causal, match.enable_gqa, config)
+    return why_dense(query, key, value, mask, *flags) or ""  # type: ignore[arg-type]
 
 
 class _Described:
     """What why_dense looks at of a tensor: an operand may be a view that no node of the graph holds yet."""
 
     def __init__(self, shape: tuple, tensor: torch.Tensor) -> None:
-        self.shape, self.dtype, self.device, self.requires_grad = shape, tensor.dtype, tensor.device, tensor.requires_grad
+        self.shape, self.dtype, self.device, self.requires_grad = (
+            shape,
+            tensor.dtype,
+            tensor.device,
+            tensor.requires_grad,
+        )
         self._strides = tensor.stride()
 
     def dim(self) -> int:
@@ -181,7 +190,9 @@ class ModuleParameters:
         self.root, self.modules = root, modules
         self._added: set[torch.fx.Node] = set()
 
-    def module(self, owner: str, config: SLAConfig, head_dim: int, device: torch.device) -> tuple[str, SparseLinearAttention]:
+    def module(
+        self, owner: str, config: SLAConfig, head_dim: int, device: torch.device
+    ) -> tuple[str, SparseLinearAttention]:
         """The path and the module of an owner's parameters, made at the first call."""
         path = f"{owner}.sla"
         if path not in self.modules:
@@ -205,7 +216,7 @@ class ModuleParameters:
 
 
 def _like_owner(tensors: Iterable[tuple[str, torch.Tensor]], owner: str) -> tuple[torch.dtype, bool]:
-    """Dtype and trainability of an owner's own parameters, which the added ones follow; float32 if the graph has none."""
+    """Dtype and trainability of an owner's own parameters, for the added ones; float32 if the graph has none."""
     for name, tensor in tensors:
         if name.startswith(f"{owner}.") and tensor.dtype in DTYPES["cpu"]:
             return tensor.dtype, tensor.requires_grad
@@ -220,14 +231,18 @@ def _check_free(root: nn.Module, path: str) -> None:
         if module is None:
             return
         if not isinstance(module, nn.Module) or position == len(names) - 1:
-            raise ValueError(f"the parameters of sparse-linear attention belong at {path}, but the graph has {name} there")
+            raise ValueError(
+                f"the parameters of sparse-linear attention belong at {path}, but the graph has {name} there"
+            )
 
 
 def _unshare(root: nn.Module, owner: str) -> None:
     """Gives the graph its own object for an owner that the trace took as a leaf and shares with the model it traced."""
     parent_path, _, name = owner.rpartition(".")
     parent = _submodule(root, parent_path)
-    module = None if parent is None else parent._modules.get(name)
+    if parent is None:
+        return
+    module = parent._modules.get(name)
     if module is not None and type(module) is not nn.Module:
         own = copy.copy(module)
         own._modules = dict(module._modules)
@@ -247,7 +262,9 @@ def check_fresh(graph_module: GraphModule) -> None:
     if record is not None:
         raise RuntimeError(f"this graph is accelerated already, by a call at {record['caller']}")
     if has_op(graph_module):
-        raise RuntimeError("this graph computes sparse-linear attention already: it was captured or saved after accelerate")
+        raise RuntimeError(
+            "this graph computes sparse-linear attention already: it was captured or saved after accelerate"
+        )
 
 
 def has_op(graph_module: GraphModule) -> bool:
@@ -284,7 +301,7 @@ def recorded_sites(model: GraphModule | ExportedProgram) -> list[Site] | None:
     for scope in scopes(graph_module):
         for node in scope.nodes:
             if node.target in (op, op.overloadpacket):
-                shape = scope.reader.shape(node.args[0]) or ()
+                shape = scope.reader.shape(node.all_input_nodes[0]) or ()
                 name = owner(node) or (f"{scope.path}.{node.name}" if scope.path else node.name)
                 found.append(_row(name, shape, shape, rewritten=True, calls=scope.calls))
     return found

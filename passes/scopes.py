@@ -146,10 +146,11 @@ class Sources:
 
     NOTE [Self-attention]
     Equal numbers of queries and keys do not make self-attention: Wan attends from 512 video tokens to 512 text tokens.
-    Neither does a look at the model's inputs alone, for after the first block every stream depends on every input. So the
-    walk back from query, key and value ends at the inputs *and at the results of attentions* (and of called subgraphs,
-    such as checkpointed blocks): between two attentions transformers work on each token by itself, hence streams that
-    have not been joined keep different sources. Parameters, buffers and sizes are no sources. It is self-attention if
+    Neither does a look at the model's inputs alone, for after the first block every stream depends on every input. So
+    the walk back from query, key and value ends at the inputs *and at the results of attentions* (and of called
+    subgraphs, such as checkpointed blocks): between two attentions transformers work on each token by itself, hence
+    streams that have not been joined keep different sources. Parameters, buffers and sizes are no sources. It is
+    self-attention if
 
     * key has the sources of query and maybe more, a mask that zeroes padded keys, and value has none that query lacks:
       rotary tables reach query and key alone. A query with more sources than key is refused: conditioning by the prompt
@@ -157,12 +158,13 @@ class Sources:
     * query, key and value are computed of three unrelated inputs: a graph that begins behind the projections does not
       say, and equal lengths are all there is to go by. Cross-attention there has key and value of one input.
 
-    Joint attention (Flux: text and image concatenated) has both streams as sources of all three; the attentions of Wan's
-    blocks to the text have the text alone for key and value. Limit: streams that are slices of one tensor look alike.
+    Joint attention (Flux: text and image concatenated) has both streams as sources of all three; the attentions of
+    Wan's blocks to the text have the text alone for key and value. Limit: streams that are slices of one tensor look
+    alike.
 
     Args:
         found: the graphs.
-        stops: per graph module, the nodes where attentions end.
+        stops: the nodes where attentions end.
         constants: names of the root's placeholders that are parameters, buffers or constants.
     """
 

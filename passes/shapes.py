@@ -22,7 +22,9 @@ def propagate(graph_module: GraphModule, example_inputs: Sequence[Any] | Mapping
     if isinstance(example_inputs, Mapping):
         names = {str(node.target) for node in inputs}
         if not set(example_inputs) <= names:
-            raise ValueError(f"example_inputs has {sorted(set(example_inputs) - names)}; the graph's inputs are {sorted(names)}")
+            raise ValueError(
+                f"example_inputs has {sorted(set(example_inputs) - names)}; the graph's inputs are {sorted(names)}"
+            )
         missing = [n for n in inputs if str(n.target) not in example_inputs and not n.args]
         if missing:
             raise ValueError(f"example_inputs lacks {[str(node.target) for node in missing]}")

@@ -2,7 +2,7 @@
 
 Backwards from the softmax over scalings, masks, casts and reshapes to the product that makes the scores, forwards to
 the product that uses the probabilities. Every dimension of the scores is followed by its role (query token, key token,
-batch), so that matmul, bmm, baddbmm, einsum, and what torch.export makes of them, are one case and not a list of patterns.
+batch), so that matmul, bmm, baddbmm, einsum, and what torch.export makes of them, are one case, not a list of patterns.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ from sla_compile.passes.nodes import CASTS, PERMUTES, RESHAPES, Call, Reader, is
 from sla_compile.passes.products import Product, read_product
 
 
+_KEPT = RESHAPES | CASTS | PERMUTES
+"""What scores and probabilities may pass through as they are."""
+
+
 @dataclass
 class Written:
     """A found ``softmax(q kᵀ · s + mask) v``.
 
-    `output` is the node it ends in and `views` what turns the op's output into that node's layout; `inner` are the nodes
+    `output` is the node it ends in, `views` what turns the op's output into that node's layout, `inner` are the nodes
     that disappear.
     """
 
@@ -101,49 +105,33 @@ class _Scores:
     steps: list[tuple[fx.Node, Call]]
 
 
-def _trace_back(node: fx.Node, reader: Reader) -> _Scores:
-    steps: list[tuple[fx.Node, Call]] = []
-    while True:
-        call = reader.call(node)
-        if call is None:
-            raise NoMatch(f"its scores come from {node.target}, which is not understood")
-        product = read_product(node, call, reader)
-        if product is not None:
-            return _Scores(product, node, steps[::-1])
-        steps.append((node, call))
-        node = _previous(node, call, reader)
-
-
-def _previous(node: fx.Node, call: Call, reader: Reader) -> fx.Node:
-    """The scores that a step of the chain works on."""
-    candidates: list[Any]
-    if (
-        call.name in RESHAPES
-        or call.name in CASTS
-        or call.name in PERMUTES
-        or call.name == "masked_fill"
-        or call.name == "div"
-    ):
+def _trace_back(node: fx.Node, reader: Reader, steps_left: int = 64) -> _Scores:
+    """The product that makes the scores, and the steps from there to `node`."""
+    call = reader.call(node)
+    if call is None or not steps_left:
+        raise NoMatch(f"its scores come from {node.target}, which is not understood")
+    product = read_product(node, call, reader)
+    if product is not None:
+        return _Scores(product, node, [])
+    if call.name in _KEPT or call.name in ("masked_fill", "div"):
         candidates = [call["input"]]
-    elif call.name in ("mul", "add") or call.name == "where":
+    elif call.name in ("mul", "add", "where"):
         candidates = [call["input"], call["other"]]
     else:
         raise NoMatch(f"its scores pass through {call.name}, which sparse-linear attention does not have")
-    nodes = [c for c in candidates if isinstance(c, fx.Node) and isinstance(reader.value(c), Tensor)]
-    if len(nodes) > 1:
-        leading = []
-        for candidate in nodes:
+    found: dict[fx.Node, _Scores] = {}
+    reason = f"its scores pass through {call.name} of no tensor"
+    for candidate in candidates:
+        if isinstance(candidate, fx.Node) and isinstance(reader.value(candidate), Tensor) and candidate not in found:
             try:
-                _trace_back(candidate, reader)
-                leading.append(candidate)
-            except NoMatch:
-                pass
-        if len(leading) > 1:
-            raise NoMatch("its scores are a sum or product of two matrix products")
-        nodes = leading or nodes[:1]
-    if not nodes:
-        raise NoMatch(f"its scores pass through {call.name} of no tensor")
-    return nodes[0]
+                found[candidate] = _trace_back(candidate, reader, steps_left - 1)
+            except NoMatch as failure:
+                reason = str(failure)
+    if len(found) > 1:
+        raise NoMatch("its scores are a sum or product of two matrix products")
+    for scores in found.values():
+        return _Scores(scores.product, scores.node, [*scores.steps, (node, call)])
+    raise NoMatch(reason)
 
 
 # ---- forwards: what the probabilities are used for -------------------------------------------------------------------
@@ -188,12 +176,7 @@ def _trace_front(softmax: fx.Node, reader: Reader) -> _Use:
             if not isinstance(p, (int, float)) or isinstance(reader.value(user), (tuple, list)):
                 raise NoMatch("its dropout is not understood")
             dropout_p = max(dropout_p, float(p))
-        elif (
-            call.name not in RESHAPES
-            and call.name not in CASTS
-            and call.name not in PERMUTES
-            and call.name != "nan_to_num"
-        ):
+        elif call.name not in _KEPT and call.name != "nan_to_num":
             raise NoMatch(f"its attention probabilities pass through {call.name}")
         steps.append((user, call))
         node = user
@@ -220,7 +203,7 @@ def _guarded_zero(node: fx.Node, users: list[fx.Node], reader: Reader) -> tuple[
     return None
 
 
-# ---- both ends together -----------------------------------------------------------------------------------------------
+# ---- both ends together ----------------------------------------------------------------------------------------------
 
 
 def _assemble(softmax: fx.Node, call: Call, back: _Scores, front: _Use, reader: Reader) -> Written:
@@ -367,8 +350,8 @@ def _check_mutation(written: Written) -> None:
 
 
 def _simplify(written: Written, reader: Reader) -> None:
-    """Moves the operands to where they come from: over copies, reshapes and transposes that the views only undo, and over
-    scalar factors, which belong to the scale: the feature map of the linear branch sees query and key unscaled."""
+    """Moves the operands to where they come from: over what the views only undo, and over scalar factors, which belong
+    to the scale, for the feature map of the linear branch sees query and key unscaled."""
     peel(written.value, reader)
     dtype = reader.value(written.value.node).dtype
     for operand in (written.query, written.key):

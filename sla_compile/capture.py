@@ -102,7 +102,9 @@ def check_capture(
                 first = first or len(collector.graphs)
                 _check_ran(f"inputs_list[{position}]", calls, collector.ran, owners, fullgraph)
     except Unsupported as error:
-        raise AssertionError(f"the model does not capture as one graph: {error}") from error
+        modes = [type(mode).__name__ for mode in torch.overrides._get_current_function_mode_stack()]
+        hint = f"capture it outside of {', '.join(modes)} (with torch.device(...): is one), which Dynamo traces too; "
+        raise AssertionError(f"the model does not capture as one graph: {hint if modes else ''}{error}") from error
     except RecompileError as error:
         raise AssertionError(
             f"inputs_list[{position}] is captured anew, after {len(collector.graphs)} graphs: {error}"

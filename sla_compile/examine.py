@@ -29,6 +29,8 @@ from sla_compile.discovery import (
 from sla_compile.module import SparseLinearAttention
 from sla_compile.passes import rewrite
 from sla_compile.passes.eligibility import why_dense
+from sla_compile.passes.find import find_attention
+from sla_compile.passes.rewrite import Decision
 from sla_compile.passes.sites import Site
 from sla_compile.plan import plan_module
 from sla_compile.redirect import CHILD, Redirection, is_changed
@@ -302,13 +304,15 @@ def _examine_graph(model: Any, choice: _Choice, example_inputs: Any, given: list
     exported = isinstance(model, torch.export.ExportedProgram)
     graph_module = model.graph_module if exported else model
     title = type(model).__name__
-    recorded = rewrite.sites(graph_module)
-    if recorded:
+    recorded = rewrite.recorded_sites(model)
+    if recorded is not None:
         _check_no_wishes(model, given)
+        if rewrite.META_KEY not in graph_module.meta:  # captured from an accelerated model: its dense ones are there
+            found = (Decision(match, None, "dense when it was captured") for match in find_attention(graph_module))
+            recorded += [rewrite.site(decision) for decision in found]
         modules = () if exported else graph_module.modules()
         known = {m.config.fingerprint(): m.config for m in modules if isinstance(m, SparseLinearAttention)}
         return Examination(Report(title, tuple(recorded)), known, True)
-    rewrite.check_fresh(graph_module)
     constants = None
     if exported:
         specs = model.graph_signature.input_specs

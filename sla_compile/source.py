@@ -15,30 +15,39 @@ from torch import nn
 ATTENTION = {"scaled_dot_product_attention", "dispatch_attention_fn"}
 _CONCATENATE = {"cat", "concat", "concatenate"}
 _METADATA = {"shape", "ndim", "dtype", "device"}
-_FOLLOWED = 3  # calls deep
 
 
-def names_used(caller: Any) -> set[str]:
+def names_used(caller: Any, followed: int = 3) -> set[str]:
     """Names of functions and attributes in the code behind a call of `caller`, a module or any other callable.
 
-    It follows what the code refers to by name: methods and callable attributes of `caller`, functions of its file.
+    It follows what the code refers to by name, so many calls deep: methods and callable attributes of `caller`,
+    functions of its file.
     """
     used: set[str] = set()
-    pending = [(caller, _FOLLOWED)]
-    seen: set[int] = set()
+    pending = [(caller, caller, followed)]  # what is called, the object that its `self` is, calls left to follow
+    seen: set[tuple[int, int]] = set()
     while pending:
-        target, left = pending.pop()
+        target, owner, left = pending.pop()
         function = _function(target)
-        if id(target) in seen or function is None:
+        if function is None or (id(function), id(owner)) in seen:
             continue
-        seen.add(id(target))
+        seen.add((id(function), id(owner)))
         names = set(_names(function.__code__))
         used |= names
         for name in names if left else ():
-            value = getattr(target, name, function.__globals__.get(name))
+            value = _member(owner, name)
+            if value is None:
+                value = function.__globals__.get(name)
             if callable(value) and not inspect.isclass(value):
-                pending.append((value, left - 1))
+                pending.append((value, owner if inspect.isroutine(value) else value, left - 1))
     return used
+
+
+def _member(owner: Any, name: str) -> Any:
+    """An attribute of an object, without running the code of a property."""
+    state = getattr(owner, "__dict__", {})
+    found = (place[name] for place in (state, state.get("_modules", {})) if name in place)
+    return next(found, getattr(type(owner), name, None))
 
 
 def concatenates(function: Any, second: str) -> bool:

@@ -82,7 +82,8 @@ def _verdict(
     if getattr(module, "is_cross_attention", None) is True:
         return "dense", "cross-attention: is_cross_attention is set"
     processor = getattr(module, "processor", None)
-    for text in (name, type(processor).__name__):  # a class named so may serve self-attention too
+    # A class named so may serve self-attention too, where its second sequence is optional.
+    for text in (name, type(processor).__name__, *[type(module).__name__] * (second is None)):
         if _CROSS.search(text):
             return "dense", f"cross-attention: named {text}"
     if isinstance(module, nn.MultiheadAttention):
@@ -104,7 +105,7 @@ def _verdict(
     answers = (passes(ancestor, name, module, second) for ancestor in ancestors)
     passed = next((answer for answer in answers if answer is not None), None)
     if passed is None:
-        if ancestors and not name.isdigit() and name not in names_used(ancestors[0]):
+        if ancestors and _never_called(name, ancestors[0]):
             return "dense", f"{type(ancestors[0]).__name__} does not call it"
         return "unknown", f"its forward takes {second}, and the calling code does not tell whether it is given"
     return (
@@ -112,6 +113,12 @@ def _verdict(
         if passed
         else ("self", f"its caller passes no {second}")
     )
+
+
+def _never_called(name: str, parent: nn.Module) -> bool:
+    """Whether the parent's code never mentions the child `name`: one of its base class that it does without."""
+    indirect = name.isdigit() or "getattr" in names_used(parent, 0)
+    return not indirect and name not in names_used(parent)
 
 
 def _heads(module: nn.Module) -> int | None:
@@ -162,4 +169,6 @@ def second_sequence(module: nn.Module) -> str | None:
 def _attention_function(module: nn.Module) -> Any:
     """What computes the attention: the call of the owner's processor, or its own forward."""
     processor = getattr(module, "processor", None)
-    return module.forward if processor is None else type(processor).__call__
+    if processor is None:
+        return module.forward
+    return processor if inspect.isroutine(processor) else type(processor).__call__

@@ -97,8 +97,10 @@ def snapshot(graph_module):
     modules = dict(graph_module.named_modules())
     graphs = {name: module for name, module in modules.items() if isinstance(module, fx.GraphModule)}
     return (
-        {name: (graph.code, [(id(n), n.format_node(), dict(n.meta)) for n in graph.graph.nodes])
-         for name, graph in graphs.items()},
+        {
+            name: (graph.code, [(id(n), n.format_node(), dict(n.meta)) for n in graph.graph.nodes])
+            for name, graph in graphs.items()
+        },
         {name: (id(module), type(module)) for name, module in modules.items()},
         {name: (id(tensor), tensor.clone()) for name, tensor in graph_module.state_dict(keep_vars=True).items()},
         dict(graph_module.meta),

@@ -229,8 +229,7 @@ def emulate(arch: int | str, shipped: bool) -> None:
     """Takes another architecture's tiles, in a process without a GPU."""
     from sla_compile.kernels import gpu, tuning
 
-    memory = {90: 232448, 89: 101376, "gfx942": 65536}[arch]
-    target = tuning.Target("cuda" if isinstance(arch, int) else "hip", arch, memory)
+    target = tuning.Target.of_arch(arch)
     gpu.target_of = lambda device: target
 
     def chosen(dims: int, itemsize: int, *rest: Any) -> tuning.Plan:

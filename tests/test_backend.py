@@ -26,7 +26,8 @@ def fresh():
 
 
 def compiled(model, inner="eager", fullgraph=True, **options):
-    return torch.compile(model, backend=backend.sla, fullgraph=fullgraph, options={**OPTIONS, "inner": inner, **options})
+    options = {**OPTIONS, "inner": inner, **options}
+    return torch.compile(model, backend=backend.sla, fullgraph=fullgraph, options=options)
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", id="inductor")])
@@ -72,7 +73,18 @@ def test_a_dynamic_length_compiles_once():
             wanted = x + expected(model.block.attn, x, None, None, scale=0.3, config=NONE)
             torch.testing.assert_close(step(x), wanted)
     ((site,),) = reports
-    assert site.shape.startswith("(2, 2, s")
+    assert site.shape.startswith("(4, s")
+
+
+def test_every_size_dynamic():
+    def attend(x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+    step = torch.compile(attend, backend=backend.sla, dynamic=True, options={**OPTIONS, "inner": "aot_eager"})
+    for shape in ((2, 3, 130, 16), (3, 4, 200, 16), (3, 4, 200, 32)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(step(x), sla_compile.sparse_linear_attention(x, x, x, config=NONE))
+    assert [site.head_dim for (site,) in backend.reports()] == [16, 32]
 
 
 def test_a_length_below_the_minimum_compiles_anew_and_stays_dense():

@@ -208,6 +208,48 @@ def test_an_owner_has_one_set_of_parameters_and_a_row_for_each_call():
     assert calls[0].args[3] is not calls[2].args[3]
 
 
+class Chain(nn.Module):
+    """Attention on the result of attention, with nothing between."""
+
+    def forward(self, x):
+        x = F.scaled_dot_product_attention(x, x, x)
+        x = (x @ x.mT * 0.3).softmax(-1) @ x
+        return F.scaled_dot_product_attention(x, x, x).flatten(1, 2)
+
+
+def test_attention_on_attention():
+    x, backend = torch.randn(2, 2, LENGTH, 16), Rewriting(choose=lambda name: CONFIG.replace(linear="none"))
+    result = torch.compile(Chain(), backend=backend, fullgraph=True)(x)
+    assert [site.rewritten for site in backend.sites[0]] == [True] * 3
+    for scale in (None, 0.3, None):
+        x = sla_compile.sparse_linear_attention(x, x, x, config=CONFIG.replace(linear="none"), scale=scale)
+    torch.testing.assert_close(result, x.flatten(1, 2))
+
+
+class Grouped(nn.Module):
+    def forward(self, q):
+        return F.scaled_dot_product_attention(q, q[:, :2], q[:, 2:] * 2, enable_gqa=True)
+
+
+class OneHead(nn.Module):
+    def forward(self, q):
+        mask = q.new_zeros(q.shape[0], 1, q.shape[1]).masked_fill(q.new_ones(q.shape[1]).cumsum(0) > 100, -torch.inf)
+        return F.scaled_dot_product_attention(q, q * 2, q, attn_mask=mask)
+
+
+def test_shared_heads_and_missing_heads():
+    config = CONFIG.replace(linear="none")
+    q = torch.randn(2, 4, LENGTH, 16)
+    result = torch.compile(Grouped(), backend=Rewriting(lambda name: config), fullgraph=True)(q)
+    wanted = sla_compile.sparse_linear_attention(q, q[:, :2], q[:, 2:] * 2, config=config, enable_gqa=True)
+    torch.testing.assert_close(result, wanted)
+    q = q[:, 0]
+    result = torch.compile(OneHead(), backend=Rewriting(lambda name: config), fullgraph=True)(q)
+    heads, keep = q[:, None], torch.arange(LENGTH) < 100
+    wanted = sla_compile.sparse_linear_attention(heads, heads * 2, heads, config=config, key_padding_mask=keep)
+    torch.testing.assert_close(result, wanted[:, 0])
+
+
 def test_choices_by_owner():
     graph = captured(Twice(), inputs())
     sites = accelerate_graph(graph, lambda name: "excluded" if name == "second" else CONFIG.replace(sparsity=0.9))
@@ -462,7 +504,7 @@ class Regional(nn.Module):
 
 def test_a_region_called_twice_shares_no_parameters():
     heads = torch.randn(2, 2, LENGTH, 16)
-    graph = captured(Regional(cross=False), heads, heads)
+    graph = captured(Regional(cross=False), heads, heads.clone())
     with pytest.raises(ValueError, match="called 2 times and would share one set"):
         accelerate_graph(graph, choose)
     (site,) = accelerate_graph(graph, lambda name: CONFIG.replace(linear="none"))
@@ -473,7 +515,9 @@ def test_a_region_called_twice_shares_no_parameters():
 def test_a_region_must_be_self_attention_for_every_caller():
     heads = torch.randn(2, 2, LENGTH, 16)
     with pytest.raises(ValueError, match="cross-attention"):
-        accelerate_graph(captured(Regional(cross=True), heads, heads), lambda name: CONFIG.replace(linear="none"))
+        accelerate_graph(
+            captured(Regional(cross=True), heads, heads.clone()), lambda name: CONFIG.replace(linear="none")
+        )
 
 
 def test_graph_modules_called_as_modules():

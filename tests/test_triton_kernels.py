@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, settings, target
 from hypothesis import strategies as st
 from kernel_cases import Case
 from kernel_cases import run as run_case
@@ -126,12 +126,11 @@ CASES = [
     Case(heads=4, batch=2, length=70, chunk_bytes=1),
     Case(heads=3, kv_heads=3, batch=2, length=70, linear="all", chunk_bytes=400000),
     # Masks.
-    *(
-        Case(mask=mask, dtype=dtype, batch=2, length=140)
-        for mask in ("keys", "additive", "row")
-        for dtype in ("fp32", "bf16")
-    ),
+    Case(mask="keys"),
     Case(mask="keys", linear="all", feature_map="relu", dtype="fp16"),
+    Case(mask="additive", dtype="fp16"),
+    Case(mask="row", batch=2, length=70),
+    Case(mask="row", dtype="bf16", batch=2, length=70, feature_map="relu"),
     Case(mask="row", linear="none", batch=2),
     # The rest.
     Case(proj_dtype="fp16"),
@@ -192,4 +191,6 @@ def drawn_cases(draw: st.DrawFn) -> Any:
 )
 @given(case=drawn_cases())
 def test_drawn_cases_agree_with_the_reference(case: Any, run: Callable[[Any], dict[str, float]]) -> None:
-    check(run(case))
+    ratios = run(case)
+    check(ratios)
+    target(max(ratios.values()), label="largest error over budget")

@@ -1,0 +1,133 @@
+"""What the source of a forward tells: whether it calls attention, joins two sequences, passes a second one on."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sla_compile.source import ATTENTION, concatenates, names_used, passes
+
+
+class Projections(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.to_q = self.to_k = self.to_v = nn.Linear(4, 4)
+
+
+class Joint(Projections):
+    def forward(self, x, context=None):
+        if context is not None:
+            x = torch.cat([context, x], dim=1)
+        query, key = self.to_q(x), self.to_k(x)
+        return F.scaled_dot_product_attention(query, key, self.to_v(x))
+
+
+class JointAfterProjection(Projections):
+    def forward(self, x, context=None):
+        other = self.to_q(context)
+        query = torch.cat([self.to_q(x), other], 1)
+        return F.scaled_dot_product_attention(query, self.to_k(x), self.to_v(x))
+
+
+class Cross(Projections):
+    def forward(self, x, context=None):
+        length = x.shape[1] if context is None else context.shape[1]
+        query = self.to_q(x)[:, :length]
+        tokens = torch.cat([context, context], 1)
+        return F.scaled_dot_product_attention(query, self.to_k(tokens), self.to_v(tokens))
+
+
+class KeysAndValuesJoined(Projections):
+    def forward(self, x, context=None):
+        key = torch.cat([self.to_k(x), self.to_k(context)], 1)
+        x = F.scaled_dot_product_attention(self.to_q(x), key, key)
+        x = torch.cat([x, context], 1)
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("owner", "joint"), [(Joint, True), (JointAfterProjection, True), (Cross, False), (KeysAndValuesJoined, False)]
+)
+def test_joint_when_queries_hold_both_sequences(owner, joint):
+    assert concatenates(owner().forward, "context") is joint
+
+
+def attend(query, key, value):
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+class ThroughAFunction(Projections):
+    def forward(self, x):
+        return self.outer(x)
+
+    def outer(self, x):
+        return self.inner(x)
+
+    def inner(self, x):
+        return attend(self.to_q(x), self.to_k(x), self.to_v(x))
+
+
+class ThroughAnAttribute(Projections):
+    def __init__(self):
+        super().__init__()
+        self.function = attend
+
+    def forward(self, x):
+        return self.function(self.to_q(x), self.to_k(x), self.to_v(x))
+
+
+class Softmax(Projections):
+    def forward(self, x):
+        return torch.softmax(self.to_q(x) @ self.to_k(x).mT, -1) @ self.to_v(x)
+
+
+@pytest.mark.parametrize(
+    ("owner", "calls"), [(Joint, True), (ThroughAFunction, True), (ThroughAnAttribute, True), (Softmax, False)]
+)
+def test_names_used_follows_methods_functions_and_attributes(owner, calls):
+    used = names_used(owner())
+    assert bool(used & ATTENTION) is calls
+    assert ("softmax" in used) is (owner is Softmax)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.alone = self.explicit = self.same = self.given = self.positional = self.both = self.starred = Cross()
+        self.unused = Cross()
+
+    def forward(self, x, text, arguments):
+        x = self.alone(x)
+        x = self.explicit(x, context=None)
+        x = self.same(x, context=x)
+        x = self.given(x, context=text)
+        x = self.positional(x, text)
+        x = self.both(x) + self.both(x, text)
+        return self.starred(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "given"),
+    [
+        ("alone", False),
+        ("explicit", False),
+        ("same", False),
+        ("given", True),
+        ("positional", True),
+        ("both", None),
+        ("starred", None),
+        ("unused", None),
+    ],
+)
+def test_whether_the_caller_passes_a_second_sequence(attribute, given):
+    block = Block()
+    assert passes(block, attribute, getattr(block, attribute), "context") is given
+
+
+def test_code_without_source_tells_nothing():
+    namespace = {"nn": nn}
+    exec("class Made(nn.Module):\n    def forward(self, x, context=None):\n        return self.inner(x)\n", namespace)
+    made = namespace["Made"]()
+    assert not concatenates(made.forward, "context")
+    assert passes(made, "inner", Cross(), "context") is None
+    assert "inner" in names_used(made)
