@@ -344,8 +344,8 @@ class _Edit:
         self.graph.lint()
 
     def _restride(self, node: fx.Node, before: Tensor) -> None:
-        """Carries the strides of the op's output on, as far as they differ from the former ones. Where that would change
-        an output's or break a ``view``, a copy comes between."""
+        """Carries the strides of the op's output on, as far as they differ from the former ones; where that would
+        change an output's or break a ``view``, a copy comes between."""
         if _same_layout(self.values[node], before):
             return
         changed = {node: self.values[node]}

@@ -208,9 +208,11 @@ def mutates(node: fx.Node) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-def is_idle(node: fx.Node) -> bool:
-    """Whether nothing needs the node: assertions about metadata, and what capture leaves behind unused."""
-    return node.op in ("call_function", "call_method") and not mutates(node) and all(map(is_idle, node.users))
+def is_idle(node: fx.Node, depth: int = 8) -> bool:
+    """Whether nothing needs the node: assertions about metadata, and short chains that capture leaves behind unused."""
+    if not depth or node.op not in ("call_function", "call_method") or mutates(node):
+        return False
+    return all(is_idle(user, depth - 1) for user in node.users)
 
 
 def permutation(call: Call, rank: int) -> tuple[int, ...] | None:

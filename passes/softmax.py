@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from sla_compile.passes.layout import (
     KEY,
@@ -33,7 +33,6 @@ from sla_compile.passes.layout import (
 )
 from sla_compile.passes.nodes import CASTS, PERMUTES, RESHAPES, Call, Reader, is_idle, mutates
 from sla_compile.passes.products import Product, read_product
-
 
 _KEPT = RESHAPES | CASTS | PERMUTES
 """What scores and probabilities may pass through as they are."""
@@ -105,33 +104,38 @@ class _Scores:
     steps: list[tuple[fx.Node, Call]]
 
 
-def _trace_back(node: fx.Node, reader: Reader, steps_left: int = 64) -> _Scores:
-    """The product that makes the scores, and the steps from there to `node`."""
+def _trace_back(node: fx.Node, reader: Reader) -> _Scores:
+    """The product that makes the scores, and the steps from there to `node`; raises NoMatch."""
+    result = _traced(node, reader, {}, 64)
+    if isinstance(result, str):
+        raise NoMatch(result)
+    return result
+
+
+def _traced(node: fx.Node, reader: Reader, seen: dict[fx.Node, _Scores | str], steps_left: int) -> _Scores | str:
+    """:func:`_trace_back`, each node once: sums of sums have more paths than can be walked."""
+    if node in seen:
+        return seen[node]
     call = reader.call(node)
     if call is None or not steps_left:
-        raise NoMatch(f"its scores come from {node.target}, which is not understood")
-    product = read_product(node, call, reader)
-    if product is not None:
-        return _Scores(product, node, [])
-    if call.name in _KEPT or call.name in ("masked_fill", "div"):
-        candidates = [call["input"]]
-    elif call.name in ("mul", "add", "where"):
-        candidates = [call["input"], call["other"]]
+        result: _Scores | str = f"its scores come from {node.target}, which is not understood"
+    elif (product := read_product(node, call, reader)) is not None:
+        result = _Scores(product, node, [])
+    elif call.name in _KEPT or call.name in ("masked_fill", "div", "mul", "add", "where"):
+        names = ("input", "other") if call.name in ("mul", "add", "where") else ("input",)
+        inputs = {call[name] for name in names if isinstance(call[name], fx.Node)}
+        traced = [_traced(each, reader, seen, steps_left - 1) for each in inputs if reader.shape(each) is not None]
+        found = [each for each in traced if isinstance(each, _Scores)]
+        if len(found) == 1:
+            result = _Scores(found[0].product, found[0].node, [*found[0].steps, (node, call)])
+        elif found:
+            result = "its scores are a sum or product of two matrix products"
+        else:
+            result = next((each for each in traced if isinstance(each, str)), f"{call.name} of no tensor")
     else:
-        raise NoMatch(f"its scores pass through {call.name}, which sparse-linear attention does not have")
-    found: dict[fx.Node, _Scores] = {}
-    reason = f"its scores pass through {call.name} of no tensor"
-    for candidate in candidates:
-        if isinstance(candidate, fx.Node) and isinstance(reader.value(candidate), Tensor) and candidate not in found:
-            try:
-                found[candidate] = _trace_back(candidate, reader, steps_left - 1)
-            except NoMatch as failure:
-                reason = str(failure)
-    if len(found) > 1:
-        raise NoMatch("its scores are a sum or product of two matrix products")
-    for scores in found.values():
-        return _Scores(scores.product, scores.node, [*scores.steps, (node, call)])
-    raise NoMatch(reason)
+        result = f"its scores pass through {call.name}, which sparse-linear attention does not have"
+    seen[node] = result
+    return result
 
 
 # ---- forwards: what the probabilities are used for -------------------------------------------------------------------

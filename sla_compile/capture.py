@@ -75,7 +75,7 @@ def check_capture(
     model: nn.Module, inputs_list: Sequence[Any], *, fullgraph: bool, dynamic: bool | None
 ) -> list[Captured]:
     """See :func:`sla_compile.testing.assert_captured`; returns the graphs."""
-    from torch._dynamo.exc import RecompileError, Unsupported
+    from torch._dynamo.exc import RecompileError, Unsupported, UserError
 
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or not accelerated_roots(model):
@@ -101,7 +101,7 @@ def check_capture(
                     compiled(*args, **kwargs)
                 first = first or len(collector.graphs)
                 _check_ran(f"inputs_list[{position}]", calls, collector.ran, owners, fullgraph)
-    except Unsupported as error:
+    except (Unsupported, UserError) as error:
         modes = [type(mode).__name__ for mode in torch.overrides._get_current_function_mode_stack()]
         hint = f"capture it outside of {', '.join(modes)} (with torch.device(...): is one), which Dynamo traces too; "
         raise AssertionError(f"the model does not capture as one graph: {hint if modes else ''}{error}") from error

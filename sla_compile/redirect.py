@@ -196,9 +196,8 @@ def _is_joint(query: Tensor, first: Any, second: Any) -> bool:
     return query.shape[-2] == first.shape[-2] + second.shape[-2]
 
 
-@torch.compiler.assume_constant_result
 def _warn_unseen(name: str) -> None:
-    """Runs while Dynamo traces, too. The name then becomes a guard, so it is read only where something is wrong."""
+    """Runs while Dynamo traces, too, as `attach` has it. The name then becomes a guard, so it is read only where something is wrong."""
     warnings.warn(
         f"sla_compile: {name or 'the model'} ran without calling scaled_dot_product_attention, so it computed dense "
         "attention or none (another attention backend, a cached result, or a checkpoint inside its own forward); use "
@@ -288,6 +287,7 @@ def _new_instance(factory: Any, base: type[nn.Module]) -> nn.Module:
 
 def attach(owner: nn.Module, redirection: Redirection, sla: SparseLinearAttention | None) -> None:
     """Redirects the owner's attention to `sla`, or with None shields it from a redirected ancestor."""
+    torch.compiler.assume_constant_result(_warn_unseen)  # not where it is defined: this imports Dynamo, and so Triton
     base = type(owner)
     owner._sla_redirection = redirection
     if sla is not None:

@@ -133,9 +133,9 @@ def evaluate(inputs: list[Tensor | None], grad: Tensor, classes: Tensor, spec: A
 def run(case: Case, device: str) -> dict[str, float]:
     """Error over budget of every result of a case, NaN where one is not finite where the reference is.
 
-    The budget of a result: twice the error that the dense formula makes in the tested dtype; and relative to the
-    largest element, the rounding of two terms that the kernels keep in the result's dtype (half an ulp each) and a
-    random walk of float32 roundings over the sequence and the head dimension.
+    The budget of a result: twice the error that the dense formula makes in the tested dtype; the rounding of two terms
+    that the kernels keep in the result's dtype, half an ulp of the largest element each; and a random walk of float32
+    roundings over the sequence and the head dimension.
     """
     from sla_compile.kernels import gpu
     from sla_compile.kernels.spec import Spec
@@ -191,9 +191,11 @@ def run(case: Case, device: str) -> dict[str, float]:
     if case.blocks == "critical" and case.mask == "" and case.linear != "all" and bias is None:
         dense = torch.nn.functional.scaled_dot_product_attention(*double[:3], scale=spec.scale, enable_gqa=True)
         torch.testing.assert_close(oracle[0], dense)
-    # Differences cancel inside the gradients (dP - delta), so the largest gradient to q, k and v measures all three. A
-    # log-sum-exp that is off by x makes probabilities off by the share x: its unit is 1.
-    tokens_scale = max(exact.abs().max().item() for exact in oracle[2:5])
+    # A log-sum-exp that is off by x makes probabilities off by the share x: its unit is 1. In the gradients to q, k and
+    # v differences cancel, s (dP - delta) K: they are measured by the terms, dP being of size |dO| |V| / sqrt(D).
+    largest = [tensor.double().norm(dim=-1).max().item() for tensor in (grad, value)]
+    inner = abs(spec.scale) * math.prod(largest) / math.sqrt(case.dim) * max(t.abs().max().item() for t in (query, key))
+    tokens_scale = max(inner, *(exact.abs().max().item() for exact in oracle[2:5]))
     scales = [0.0, 1.0, tokens_scale, tokens_scale, tokens_scale, 0.0, 0.0]
     return {
         name: ratio(result, exact, low, scale, case.length + case.dim)
@@ -210,11 +212,11 @@ def ratio(result: Tensor, exact: Tensor, low: Tensor, scale: float, terms: int) 
     if result.shape != exact.shape or not torch.equal(result.isinf(), absent) or result.isnan().any():
         return math.nan
     result, low, exact = (tensor.masked_fill(absent, 0) for tensor in (result, low, exact))
-    scale = max(scale, exact.abs().max().item())
+    own = exact.abs().max().item()
     # Where the low-precision evaluation overflowed it says nothing.
     eager_error = (low - exact).abs().nan_to_num(0, posinf=0).max().item()
     error = (result - exact).abs().max().item()
-    return error / (2 * eager_error + (eps + math.sqrt(terms) * eps32) * scale) if error else 0.0
+    return error / (2 * eager_error + eps * own + math.sqrt(terms) * eps32 * max(own, scale)) if error else 0.0
 
 
 def moved(tensor: Tensor, device: str) -> Tensor:

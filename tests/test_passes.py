@@ -451,6 +451,19 @@ def test_softmax_that_is_no_attention_is_no_site():
         accelerate_graph(captured(Router(), inputs()), choose)
 
 
+def test_long_sums_before_a_softmax_take_no_time():
+    class Residual(nn.Module):
+        def forward(self, x):
+            y = x
+            for _ in range(60):
+                x = x + x * y + x
+            return x.softmax(-1) @ y.mT
+
+    graph = captured(Residual(), torch.randn(2, 8, 8))
+    (site,) = accelerate_graph(graph, choose, allow_no_match=True)
+    assert not site.rewritten
+
+
 class OwnBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

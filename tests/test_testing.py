@@ -342,6 +342,17 @@ def test_graph_breaks():
     assert_captured(model, [make_inputs()], fullgraph=False)
 
 
+class DataDependent(TinyDiT):
+    def forward(self, x, context):
+        return super().forward(x[:, : context.argmax()] if context.argmax() > 3 else x, context)
+
+
+def test_guards_on_data():
+    model = sla_compile.accelerate(DataDependent().eval(), config=CONFIG)
+    with pytest.raises(AssertionError, match="does not capture as one graph"), torch.no_grad():
+        assert_captured(model, [make_inputs()])
+
+
 def test_recompiles_are_caught():
     with pytest.raises(AssertionError, match=r"inputs_list\[2\] is captured anew, after 2 graphs(?s:.*)min_seq_len"):
         assert_captured(accelerated(), [make_inputs(200), make_inputs(330), make_inputs(40)])

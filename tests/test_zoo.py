@@ -91,11 +91,12 @@ def test_every_added_parameter_gets_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_in_one_graph_and_dynamic(name):
+@pytest.mark.parametrize(("backend", "lengths"), [("aot_eager", 1), ("eager", 2)], ids=["static", "dynamic"])
+def test_compiled_in_one_graph(name, backend, lengths):
     model = accelerate(name, SPARSE, zoo.inputs(name))
     counters.clear()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
-    for extra in (0, 1):
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=lengths > 1)
+    for extra in range(lengths):
         inputs = zoo.inputs(name, extra)
         assert_equal_to_rounding(run(compiled, inputs), run(model, inputs))
     assert counters["stats"]["unique_graphs"] == 1
