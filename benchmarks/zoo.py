@@ -202,7 +202,7 @@ def _attempt(step: Callable[[], Any], results: int = 1) -> Any:
     try:
         return step()
     except Exception as error:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        text = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0][:200]}"
         return text if results == 1 else (text,) * results
 
 
@@ -261,7 +261,7 @@ def _cells(row: dict[str, Any], mark: dict[str, str], note: Callable[[str], str]
         f"{row['rewritten']} of {row['found']}",
         ", ".join(f"{count} {mark[reason]}" for reason, count in row["dense"].items()),
         structure,
-        _number(row["exact"]),
+        _number(row["exact"]) if row["rewritten"] else "",
         row["gradients"],
         _number(row["compiled"]) if not isinstance(row["compiled"], str) else note(row["compiled"]),
         exported,

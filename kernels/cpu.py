@@ -40,7 +40,7 @@ def forward(
     dtype, operand = _dtypes(query)
     output = query.new_empty(batch, length, heads, dim).transpose(1, 2)
     logsumexp = query.new_empty(batch, heads, length, dtype=dtype)
-    weight, offset = _parameter(proj_weight, dtype), _parameter(proj_bias, dtype)
+    weight, offset = _projection(proj_weight, proj_bias, spec, dtype)
     group = heads // key.shape[1]
     with thread_workspace(dtype) as workspace:
         for entry in range(batch):
@@ -49,7 +49,7 @@ def forward(
                 keys = blocks_of(key[entry, kv_head], spec.block_k, operand, contiguous=True)
                 values = blocks_of(value[entry, kv_head], spec.block_k, operand, contiguous=True)
                 linear = None
-                if spec.linear != "none":
+                if weight is not None:
                     linear = LinearHead(keys, values, key_weight, length, weight, spec, workspace)
                 for head in range(kv_head * group, (kv_head + 1) * group):
                     queries = blocks_of(query[entry, head], spec.block_q, operand)
@@ -91,7 +91,7 @@ def backward(
     batch, heads, length, dim = query.shape
     dtype, operand = _dtypes(query)
     grads = tuple(t.new_empty(batch, length, t.shape[1], dim).transpose(1, 2) for t in (query, key, value))
-    weight, offset = _parameter(proj_weight, dtype), _parameter(proj_bias, dtype)
+    weight, offset = _projection(proj_weight, proj_bias, spec, dtype)
     grad_weight = None if weight is None else torch.zeros_like(weight)
     grad_offset = None if offset is None else torch.zeros_like(offset)
     group = heads // key.shape[1]
@@ -104,7 +104,7 @@ def backward(
                 grad_keys = workspace("grad_keys", *keys.shape).zero_()
                 grad_values = workspace("grad_values", *keys.shape).zero_()
                 linear = None
-                if spec.linear != "none":
+                if weight is not None:
                     linear = LinearHead(keys, values, key_weight, length, weight, spec, workspace)
                 for head in range(kv_head * group, (kv_head + 1) * group):
                     queries = blocks_of(query[entry, head], spec.block_q, operand)
@@ -121,7 +121,7 @@ def backward(
                             grad_queries = workspace("query_grads", *part.shape).zero_()
                         else:
                             grad_queries = linear.query_backward(part, queries[rows], rows)
-                        if offset is not None:
+                        if grad_offset is not None:
                             grad_offset += part.sum((0, 1), dtype=dtype)
                         sparse_backward(
                             part, queries[rows], keys, values, bias, critical, rows, spec.scale, statistics[rows],
@@ -129,15 +129,15 @@ def backward(
                         )  # fmt: skip
                         target[rows] = grad_queries
                     _store(grads[0][entry, head], target)
-                    if linear is not None:
+                    if linear is not None and grad_weight is not None:
                         linear.key_backward(grad_keys, grad_values, grad_weight)
                 _store(grads[1][entry, kv_head], grad_keys)
                 _store(grads[2][entry, kv_head], grad_values)
-    return (
-        *grads,
-        None if grad_weight is None else grad_weight.to(proj_weight.dtype),
-        None if grad_offset is None else grad_offset.to(proj_bias.dtype),
+    of_parameters = (
+        None if grad is None or parameter is None else grad.to(parameter.dtype)
+        for grad, parameter in ((grad_weight, proj_weight), (grad_offset, proj_bias))
     )
+    return *grads, *of_parameters  # type: ignore[return-value]
 
 
 def _dtypes(query: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -153,8 +153,15 @@ def _has_bfloat16_tiles() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def _parameter(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if parameter is None else parameter.detach().to(dtype)
+def _projection(
+    weight: Tensor | None, bias: Tensor | None, spec: Spec, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The linear branch's parameters in `dtype`, None where there is no such branch."""
+    if spec.linear == "none":
+        return None, None
+    if weight is None:
+        raise ValueError(f'linear="{spec.linear}" needs proj_weight')
+    return weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
 
 
 def _key_bias(

@@ -57,6 +57,8 @@ def reference_attention(
     output = probabilities @ value
     if spec.linear == "none":
         return output, logsumexp
+    if proj_weight is None:
+        raise ValueError(f'linear="{spec.linear}" needs proj_weight')
 
     selected = torch.ones_like(tokens) if spec.linear == "all" else tokens == 0
     weights = feature(query, spec.feature_map) @ feature(key, spec.feature_map).transpose(-1, -2)

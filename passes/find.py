@@ -21,8 +21,9 @@ from torch.fx.graph_module import GraphModule
 
 from sla_compile.passes.layout import Mask, Operand, shared_mask
 from sla_compile.passes.nodes import Call, Reader
-from sla_compile.passes.scopes import Scope, Sources, scopes
+from sla_compile.passes.scopes import Scope, scopes
 from sla_compile.passes.softmax import Written, match_softmax
+from sla_compile.passes.sources import Sources
 
 SDPA = "scaled_dot_product_attention"
 MULTI_HEAD = "nn.MultiheadAttention"
@@ -92,7 +93,7 @@ def find_attention(
     """Every attention of `graph_module` and of the graphs it calls, in the order of the graphs.
 
     Nothing is changed. What cannot be rewritten carries a `refusal`; cross-attention is told from self-attention as
-    scopes.py explains in NOTE [Self-attention].
+    sources.py explains in NOTE [Self-attention].
 
     Args:
         values: fake results of nodes whose metadata has none.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from sla_compile.report import Report
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model")
-Patterns = str | Sequence[str] | Callable[[str, nn.Module], bool]
+Patterns = str | Sequence[str] | Callable[[str, nn.Module | None], bool]
 
 
 @dataclass
@@ -86,7 +86,7 @@ def accelerate(
 
         program, sites = accelerate_exported(model, choice, allow_no_match=allow_no_match)
         choice.check_patterns(sites)
-        return program
+        return cast(Model, program)
     if isinstance(model, torch.fx.GraphModule):
         from sla_compile.passes.rewrite import accelerate_graph
 

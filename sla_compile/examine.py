@@ -283,8 +283,10 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, list[str]]]:
 class _Recorder(Redirection):
     """A Redirection that keeps the reasons of all its dense calls."""
 
+    reasons: list[str]
+
     def __init__(self, redirection: Redirection, reasons: list[str]) -> None:
-        object.__setattr__(self, "reasons", reasons)
+        self.reasons = reasons
         super().__init__(**{name: getattr(redirection, name) for name in redirection.__dataclass_fields__})
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -57,11 +57,10 @@ class SparseLinearAttention(nn.Module):
     ) -> Tensor:
         """As :func:`sla_compile.sparse_linear_attention`; (B, L, D) tensors are taken as one head."""
         if query.dim() == 3:
-            batched = (t.unsqueeze(1) for t in (query, key, value))
             mask = key_padding_mask
             if mask is not None and mask.dim() == 3:
                 mask = mask.unsqueeze(1)
-            return self.forward(*batched, mask, scale).squeeze(1)
+            return self.forward(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), mask, scale).squeeze(1)
         return sparse_linear_attention(
             query,
             key,

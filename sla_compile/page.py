@@ -127,7 +127,7 @@ class _Page:
         if any((site.calls or 1) > 1 for site in self.report):
             notes += " Where an attention is called several times, its longest call is counted."
         if unknown:
-            notes += f" {unknown} attentions of unknown length are not counted."
+            notes += f" Not counted, for want of a known length: {unknown}."
         return _section(
             "Arithmetic",
             f'<p class="sum"><span><small>dense</small>{readable(total.before)}</span><span><small>now</small>'
@@ -204,6 +204,8 @@ class _Page:
             '<p class="note">How each block of queries (down) attends to each block of keys (across) in a run with the '
             f'example inputs: first batch entry, first heads.</p><ul class="legend">{legend}</ul>\n'
         )
+        linear = {fingerprint: config.linear for fingerprint, config in self.configs.items()}
+        without_linear = {site.name for site in self.report if linear.get(site.config) == "none"}
         for name, block_map in maps.items():
             total, rows, columns = block_map.shape
             figures = "".join(
@@ -211,7 +213,10 @@ class _Page:
                 f"<figcaption>head {head}</figcaption></figure>"
                 for head in range(min(total, HEADS))
             )
-            kind = f'<span class="kind">{rows} × {columns} blocks, {total} heads: {_shares(block_map)}</span>'
+            told = f"{rows} × {columns} blocks, {total} heads: {_shares(block_map)}"
+            if name in without_linear:
+                told += "; without a linear branch, marginal blocks are skipped too"
+            kind = f'<span class="kind">{told}</span>'
             text += f'<h3>{escape(name or "the model itself")}{kind}</h3><div class="maps">{figures}</div>\n'
         return _section("Block maps", text)
 
@@ -293,5 +298,5 @@ summary { cursor: pointer; }
 figure { flex: 1 1 11rem; max-width: 15rem; margin: 0; }
 figure img { display: block; width: 100%; border: 1px solid var(--line); image-rendering: pixelated; }
 figcaption { margin-top: .25rem; color: var(--soft); font-size: .78rem; }
-@media (max-width: 34rem) { .flops { margin-left: 0; } section { padding: .8rem; } }
+@media (max-width: 34rem) { h1 { font-size: 1.25rem; } .flops { margin-left: 0; } section { padding: .8rem; } }
 """

@@ -70,7 +70,8 @@ Decision = tuple[str, SLAConfig | None, Site]
 
 
 def _decide_by_structure(owners: Sequence[Owner], choice: Choice) -> list[Decision]:
-    decided, unknown = [], []
+    decided: list[Decision] = []
+    unknown: list[tuple[str, str]] = []
     for owner in owners:
         wish = choice(owner.name, owner.module)
         site = Site(owner.name, False, head_dim=owner.head_dim)

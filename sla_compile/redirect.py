@@ -90,7 +90,7 @@ class _AttentionMode(TorchFunctionMode):
             reason = why_dense(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, sla.config)
         if not (torch.compiler.is_compiling() or sla is not None and sla.dense):
             self.redirection.seen = (tuple(query.shape), key.shape[-2], reason)
-        if reason is None:
+        if sla is not None and reason is None:
             return sla(query, key, value, attn_mask, scale, enable_gqa)
         # Under a redirected ancestor the function would be caught again by the ancestor's mode; the operator is not.
         dense = torch.ops.aten.scaled_dot_product_attention if self.redirection.nested else F.scaled_dot_product_attention
@@ -147,7 +147,7 @@ def multi_head_attention(
         and attn_mask is None
         and not options.get("is_causal", False)
     )
-    if not plain or mode.sla is None:
+    if not plain or in_proj_weight is None or mode.sla is None:
         return F.multi_head_attention_forward(
             query, key, value, embed_dim, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn,
             dropout_p, out_proj_weight, out_proj_bias, training, key_padding_mask, need_weights, attn_mask, **options,
@@ -163,7 +163,7 @@ def multi_head_attention(
     return F.linear(output.permute(2, 0, 1, 3).reshape(length, batch, embed_dim), out_proj_weight, out_proj_bias), None
 
 
-def run_redirected(owner: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+def run_redirected(owner: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls `forward` with the owner's attention redirected."""
     sla = owner._modules.get(CHILD)
     redirection = owner._sla_redirection
@@ -265,7 +265,7 @@ def _subclass(base: type[nn.Module], forward: Any, factory: Any) -> type[nn.Modu
             return (_new_instance, (factory, base), *rest)
         return (function, args, *rest)
 
-    cls = type(base)(
+    cls: Any = type(base)(  # type: ignore[misc]
         base.__name__,
         (base,),
         {
@@ -285,7 +285,7 @@ def _new_instance(factory: Any, base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def attach(owner: nn.Module, redirection: Redirection, sla: SparseLinearAttention | None) -> None:
+def attach(owner: Any, redirection: Redirection, sla: SparseLinearAttention | None) -> None:
     """Redirects the owner's attention to `sla`, or with None shields it from a redirected ancestor."""
     torch.compiler.assume_constant_result(_warn_unseen)  # not where it is defined: this imports Dynamo, and so Triton
     base = type(owner)
@@ -298,9 +298,9 @@ def attach(owner: nn.Module, redirection: Redirection, sla: SparseLinearAttentio
         _pin_attention_backend(owner)
 
 
-def _pin_attention_backend(owner: nn.Module) -> None:
+def _pin_attention_backend(owner: Any) -> None:
     """Makes a diffusers processor call scaled_dot_product_attention, whatever backend is active in the process."""
-    processor = getattr(owner, "processor", None)
+    processor: Any = getattr(owner, "processor", None)
     if hasattr(processor, "_attention_backend"):
         backend = processor._attention_backend
         if getattr(backend, "value", backend) != _NATIVE_BACKEND:  # also None, which follows the process
@@ -308,7 +308,7 @@ def _pin_attention_backend(owner: nn.Module) -> None:
             processor._attention_backend = _NATIVE_BACKEND
 
 
-def attach_root(model: nn.Module) -> None:
+def attach_root(model: Any) -> None:
     """Makes the model the root of an acceleration, unless it is redirected itself."""
     base = type(model)
     if not is_changed(model):
@@ -316,9 +316,9 @@ def attach_root(model: nn.Module) -> None:
         _follow_instance_forward(model, base.forward, wrap=False)
 
 
-def detach(module: nn.Module) -> None:
+def detach(module: Any) -> None:
     """Undoes :func:`attach` or :func:`attach_root`."""
-    cls = type(module)
+    cls: Any = type(module)
     module.__class__ = cls._sla_base
     state = module.__dict__
     for name, value in list(state.items()):

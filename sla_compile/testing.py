@@ -194,8 +194,10 @@ def reference(
     spec = Spec(scale, config.feature_map, config.linear, config.block_q, config.block_k)
     bias = key_bias(key_padding_mask, query.shape[0], query.shape[2])
     weight, shift = (None if tensor is None else tensor.double() for tensor in (proj_weight, proj_bias))
-    double = (tensor.double() for tensor in (query, key, value))
-    return reference_attention(*double, block_map, spec, proj_weight=weight, proj_bias=shift, key_bias=bias)[0]
+    query, key, value = query.double(), key.double(), value.double()
+    return reference_attention(query, key, value, block_map, spec, proj_weight=weight, proj_bias=shift, key_bias=bias)[
+        0
+    ]
 
 
 def error_over_budget(result: Tensor, exact: Tensor, eager: Tensor, *, tokens: int, scale: float = 0.0) -> float:

@@ -141,6 +141,30 @@ def test_attention_in_subgraphs():
     assert all(has is not name.startswith("frozen") for name, has in grads.items())
 
 
+class Rotary(nn.Module):
+    """Rotary tables are often applied in full precision: query and key leave a subgraph that value does not enter."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = SelfAttention()
+
+    def forward(self, x, context, table):
+        query, key, value = self.attn.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        with torch.autocast("cpu", enabled=False):
+            query, key, foreign = query * table, key * table, context[:, None] * table
+        own = F.scaled_dot_product_attention(query, key, value)
+        return own, F.scaled_dot_product_attention(query, foreign.expand_as(key), value)
+
+
+def test_self_attention_is_followed_through_subgraphs():
+    table = torch.rand(130, 16)
+    program = exported(Rotary(), inputs(), torch.randn(2, 130, 16), table, dynamic=False)
+    assert any("wrap_with_autocast" in str(node.target) for node in program.graph.nodes)
+    _, sites = accelerate_exported(program, choose)
+    assert [site.rewritten for site in sites] == [True, False]
+    assert sites[1].reason.startswith("cross-attention")
+
+
 def test_lengths_that_agree_in_the_example_alone_stay_dense():
     class Two(nn.Module):
         def forward(self, query, key):

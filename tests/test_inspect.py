@@ -260,6 +260,10 @@ def test_page(run, tmp_path):
     assert len(page.images) == len(expected) == 4
     for image, head in zip(page.images, expected, strict=True):
         assert torch.equal(pixels(image), 1 - head.long())
+    assert "marginal blocks are skipped too" not in page
+    (tmp_path / "none.json").write_text('{"linear": "none"}')
+    assert run(f"inspect dit:build --inputs dit:inputs {options} --config none.json")[0] == 0
+    assert "marginal blocks are skipped too" in Page((tmp_path / "page.html").read_text())
 
 
 def test_page_folds_blocks_that_are_alike_and_does_without_maps(run, tmp_path):

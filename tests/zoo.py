@@ -293,7 +293,7 @@ _add("Video", "LatteTransformer3DModel", 2,
      lambda n: {"hidden_states": _r(1, 4, 3, 24, 24), "timestep": _t(), "encoder_hidden_states": _prompt()})
 _add("Video", "CosmosTransformer3DModel", 2,
      {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2,
-      "mlp_ratio": 2.0, "text_embed_dim": 16, "adaln_lora_dim": 4, "max_size": (8, 16, 16),
+      "mlp_ratio": 2.0, "text_embed_dim": 16, "adaln_lora_dim": 4, "max_size": (16, 16, 16),
       "concat_padding_mask": False},
      lambda n: {"hidden_states": _r(1, 4, 5 + 2 * n, 12, 16), "timestep": _t(), "encoder_hidden_states": _prompt(),
                 "fps": 24})
