@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from sla_compile.config import MAX_HEAD_DIM, SLAConfig
 
@@ -34,20 +35,20 @@ def why_dense(
         return "attention dropout is active"
     if not query.dim() == key.dim() == value.dim() or query.dim() not in (3, 4):
         return "query, key and value are not all (batch, heads, tokens, head_dim)"
-    if query.shape[-2] != key.shape[-2]:
+    if _differ(query.shape[-2], key.shape[-2]):
         return "cross-attention: as many keys as queries are needed"
     if query.shape[-1] != value.shape[-1]:
         return "value has another head dimension than query"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension over {MAX_HEAD_DIM}"
-    if query.shape[:-3] != key.shape[:-3] or key.shape != value.shape:
+    if query.shape[:-3] != key.shape[:-3] or any(map(_differ, key.shape, value.shape)):
         return "batch dimensions of query, key and value differ"
     if query.shape[-3] != key.shape[-3] and not (enable_gqa and query.dim() == 4):
         return "query and key have different numbers of heads without enable_gqa"
     device = query.device.type
     if query.dtype not in DTYPES.get(device, DTYPES["cuda"]):
         return f"dtype {query.dtype} is not supported on {device}"
-    if query.shape[-2] < config.min_seq_len:
+    if _shorter(query.shape[-2], config.min_seq_len):
         return f"sequence shorter than min_seq_len={config.min_seq_len}"
     if attn_mask is not None:
         if attn_mask.requires_grad:
@@ -55,6 +56,22 @@ def why_dense(
         if not is_key_padding_mask(attn_mask, query):
             return "attention mask is not a key-padding mask (batch, 1, 1, tokens)"
     return None
+
+
+def _differ(one: int, other: int) -> bool:
+    """Whether two sizes differ. While a model is exported, sizes that depend on data cannot be compared (slices by the
+    length of a prompt, say): these are taken to be equal, as self-attention needs them, and compared at run time."""
+    if not isinstance(one, torch.SymInt) and not isinstance(other, torch.SymInt):
+        return one != other
+    if guard_or_false(one != other):
+        return True
+    torch._check(one == other)
+    return False
+
+
+def _shorter(length: int, minimum: int) -> bool:
+    """Whether a sequence is too short; one of a length that only data tells is not, as far as is known."""
+    return guard_or_false(length < minimum) if isinstance(length, torch.SymInt) else length < minimum
 
 
 def is_key_padding_mask(mask: Tensor, query: Tensor) -> bool:

@@ -18,7 +18,7 @@ class Sources:
     NOTE [Self-attention]
     Equal numbers of queries and keys do not make self-attention: Wan attends from 512 video tokens to 512 text tokens.
     Neither does a look at the model's inputs alone, for after the first block every stream depends on every input. So
-    the walk back from query, key and value ends at the inputs *and at the results of attentions*: between two attentions
+    the walk back from query, key and value ends at the inputs *and at the results of attentions*: between two of those
     transformers work on each token by itself, hence streams that have not been joined keep different sources.
     Parameters, buffers and sizes are no sources. It is self-attention if
 
@@ -94,9 +94,9 @@ class Sources:
             elif node.op == "get_attr" or not _carries_tensors(scope.reader.value(node)):
                 bits[node] = 0
             elif node.target is operator.getitem and node.args[0] in outputs and isinstance(node.args[1], int):
-                bits[node] = outputs[node.args[0]][node.args[1]]  # type: ignore[index]
+                bits[node] = outputs[node.args[0]][node.args[1]]
             else:
-                bits[node] = functools.reduce(operator.or_, (bits[each] for each in node.all_input_nodes), 0)
+                bits[node] = functools.reduce(operator.or_, (bits[each] for each in _inputs(scope, node)), 0)
             if node in self._bodies:
                 called = [self._walk(body, _passed(caller, bits)) for body, caller in self._bodies[node]]
                 merged = _merged(called)
@@ -115,6 +115,16 @@ class Sources:
         if not scope.callers and (node.name in self._constants or "_buffers_" in str(node.target)):
             return 0
         return self._new(is_input=True)
+
+
+def _inputs(scope: Scope, node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values, and not merely whose shapes or dtypes, the node needs."""
+    call = scope.reader.call(node)
+    if call is not None and (call.name.startswith("new_") or call.name.endswith("_like")):
+        return []
+    if call is not None and call.name.endswith("_as") and isinstance(call["input"], fx.Node):
+        return [call["input"]]
+    return node.all_input_nodes
 
 
 def _passed(caller: Caller, bits: dict[fx.Node, int]) -> list[int] | None:

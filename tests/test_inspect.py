@@ -262,7 +262,8 @@ def test_page(run, tmp_path):
         assert torch.equal(pixels(image), 1 - head.long())
     assert "marginal blocks are skipped too" not in page
     (tmp_path / "none.json").write_text('{"linear": "none"}')
-    assert run(f"inspect dit:build --inputs dit:inputs {options} --config none.json")[0] == 0
+    options = "--min-seq-len 64 --config none.json --html page.html"
+    assert run(f"inspect dit:build --inputs dit:inputs {options}")[0] == 0
     assert "marginal blocks are skipped too" in Page((tmp_path / "page.html").read_text())
 
 

@@ -1,8 +1,11 @@
 """What users' CI relies on: the checks pass on what is right, and each kind of wrong is caught and told."""
 
+import argparse
 import json
+import re
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sla_compile
 from sla_compile import SLAConfig
+from sla_compile.checks import add_check_parser, add_inspect_parser
 from sla_compile.testing import (
     assert_accurate,
     assert_captured,
@@ -418,6 +422,37 @@ def test_budget_is_what_its_formula_says():
     assert error_over_budget(result, exact, eager, tokens=9) == pytest.approx(1 / (1 + 4 * 4 * eps))
     assert error_over_budget(exact.float(), exact, eager, tokens=9) == 0
     assert error_over_budget(result, exact, exact.float(), tokens=9, scale=100) == pytest.approx(1 / (400 * eps))
+
+
+def test_example(capsys):
+    pytest.importorskip("diffusers")
+    spec = spec_from_file_location("example_check_rewrites", ROOT / "examples" / "check_rewrites.py")
+    example = module_from_spec(spec)
+    spec.loader.exec_module(example)
+    report = example.main(["--small"])
+    assert [row.name for row in report.rewritten] == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert "2 of 4 attentions rewritten" in capsys.readouterr().out
+
+
+def test_documentation(tmp_path, monkeypatch, no_ci):
+    pytest.importorskip("diffusers")
+    text = (ROOT / "docs" / "checks.md").read_text()
+    names = {}
+    exec(re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[1], names)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match="written now"):
+        names["test_wan"]()
+    names["test_wan"]()
+    snapshot = (tmp_path / "tests" / "wan.json").read_text()
+    shown = [line.strip() for line in text.splitlines() if line.startswith('        {"name"')]
+    assert len(shown) == 2 and all(line.partition('"why"')[0] in snapshot for line in shown)
+    workflow = (ROOT / "docs" / "github_actions.yml").read_text()
+    for command in re.findall(r"sla-compile (\w+ .*?)(?:  +#.*)?$", text + workflow, re.MULTILINE):
+        if ":build" in command:
+            parser = argparse.ArgumentParser()
+            commands = parser.add_subparsers()
+            add_check_parser(commands), add_inspect_parser(commands)
+            assert parser.parse_args(command.split()).build == "models.py:build"
 
 
 # ---- the pytest plugin -----------------------------------------------------------------------------------------------
