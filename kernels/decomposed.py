@@ -8,6 +8,11 @@ an online softmax, so that the number of critical blocks is a trip count and no 
 are a share of the length cannot be exported, and `topk` with such a count has been frozen silently to the example's.
 It also bounds memory: nothing is larger than a few times the query, or (D + 1) / block_k times the value for the
 linear branch, at any length and sparsity.
+
+NOTE [One block more]
+Under a symbolic length there is at least one block more than the tokens need. Whether a dimension is 1 and whether
+padding changes a size then has the same answer at every length, so tracing, which settles such questions with the
+example's length, adds no condition that another length breaks.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ def forward(
     batch, heads, length, dim = query.shape
     kv_heads, group = key.shape[1], heads // key.shape[1]
     spec = Spec(scale, feature_map, linear, block_q, block_k)
-    rows, columns = num_blocks(length, block_q), num_blocks(length, block_k)
+    rows, columns = _padded_blocks(length, block_q), _padded_blocks(length, block_k)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     bias = key_bias(key_padding_mask, batch, length)
 
@@ -60,6 +65,8 @@ def forward(
             queries, keys, length, bias, spec, sparsity=sparsity, negligible=negligible,
             critical_blocks=critical_blocks, pinned=pinned,
         )  # fmt: skip
+    else:
+        block_map = F.pad(block_map, (0, columns - block_map.shape[3], 0, rows - block_map.shape[2]))
 
     bias = _padded_bias(bias, length, columns * block_k, query.device).to(dtype)
     bias = bias.view(-1, 1, columns, block_k).expand(batch, kv_heads, columns, block_k)
@@ -109,22 +116,22 @@ def route(
     pooled_key = torch.where(valid, keys, 0).float().sum(3) / count.clamp(min=1)
     pooled_key = pooled_key - (pooled_key * count).sum(2, keepdim=True) / count.sum(2, keepdim=True).clamp(min=1)
     tokens = torch.arange(rows * spec.block_q, device=device).view(rows, spec.block_q) < length
-    pooled_query = queries.float().sum(3) / tokens.sum(1, keepdim=True)
+    pooled_query = queries.float().sum(3) / tokens.sum(1, keepdim=True).clamp(min=1)
 
     grouped = pooled_query.view(batch, kv_heads, heads // kv_heads * rows, dim)
     scores = (grouped @ pooled_key.transpose(-1, -2)).view(batch, heads, rows, columns) * spec.scale
-    # Pinned columns rank behind all others, also behind those without a valid key.
+    # Behind all others rank the pinned columns and those past the length, and before them those without a valid key.
     if bias is not None:
         scores = torch.where(count.transpose(-1, -2) == 0, torch.finfo(torch.float32).min, scores)
-    free = torch.scalar_tensor(columns, dtype=torch.float64, device=device)
-    if any(pinned):
-        pinned_columns = _pinned_blocks(length, spec.block_k, columns, pinned, device)
-        scores = torch.where(pinned_columns, -torch.inf, scores)
-        free = free - pinned_columns.sum()
+    pinned_columns = _pinned_blocks(length, spec.block_k, columns, pinned, device)
+    past = torch.arange(columns, device=device) * block >= length
+    scores = torch.where(pinned_columns | past, -torch.inf, scores)
     # Tensors, not symbolic numbers: see NOTE [A loop over slots].
-    critical = torch.floor(columns * torch.ones_like(free) * (1.0 - sparsity) + 1e-6).clamp(min=1)
+    existing = (~past).sum().double()
+    free = existing - pinned_columns.sum()
+    critical = torch.floor(existing * (1.0 - sparsity) + 1e-6).clamp(min=1)
     if critical_blocks:
-        critical = torch.full_like(free, critical_blocks)
+        critical = torch.full_like(existing, critical_blocks)
     critical = torch.minimum(critical, free)
     skipped = torch.minimum(torch.floor(free * negligible), free - critical)
 
@@ -132,10 +139,13 @@ def route(
     by_rank = torch.where((rank >= free - skipped) & (rank < free), -1, (rank < critical).long()).to(torch.int8)
     order = scores.sort(-1, descending=True).indices
     block_map = torch.zeros_like(scores, dtype=torch.int8).scatter(-1, order, by_rank.expand(scores.shape))
-    if any(pinned):
-        pinned_rows = _pinned_blocks(length, spec.block_q, rows, pinned, device)
-        block_map = torch.where(pinned_columns | pinned_rows[:, None], 1, block_map)
-    return block_map
+    pinned_rows = _pinned_blocks(length, spec.block_q, rows, pinned, device)
+    return torch.where((pinned_columns | pinned_rows[:, None]) & ~past, 1, block_map)
+
+
+def _padded_blocks(length: int, block: int) -> int:
+    """Number of blocks to pad the length to: see NOTE [One block more]."""
+    return num_blocks(length, block) if isinstance(length, int) else length // block + 2
 
 
 def _blocks(tokens: Tensor, block: int, count: int) -> Tensor:
@@ -159,8 +169,9 @@ def _pinned_blocks(length: int, block: int, count: int, pinned: tuple[int, int],
     index = torch.arange(count, device=device)
     first, last = pinned
     held = index < num_blocks(first, block)
-    # The last token of a block, in bounds, is among the last ones. Where there are fewer tokens than pinned ones, all are.
-    return held if last == 0 else held | ((index + 1) * block > length - last)
+    if last:
+        held = held | ((index + 1) * block > length - last)
+    return held & (index * block < length)
 
 
 def _sparse(

@@ -94,7 +94,8 @@ def summaries_kernel(
 
     store_tile(states_ptr, h, 0, HEAD_DIM, HEAD_DIM, col, 1, DIMS, SLICE, HEAD_DIM, False)
     dims = tl.arange(0, DIMS)
-    tl.store(states_ptr + HEAD_DIM * HEAD_DIM + dims, z, mask=(dims < HEAD_DIM) & (col == 0))
+    if col == 0:
+        tl.store(states_ptr + HEAD_DIM * HEAD_DIM + dims, z, mask=dims < HEAD_DIM)
 
 
 @triton.jit(

@@ -302,14 +302,14 @@ def recorded_sites(model: GraphModule | ExportedProgram) -> list[Site] | None:
         for node in scope.nodes:
             if node.target in (op, op.overloadpacket):
                 shape = scope.reader.shape(node.all_input_nodes[0]) or ()
-                name = owner(node) or (f"{scope.path}.{node.name}" if scope.path else node.name)
+                name = owner(node).removesuffix(".sla") or (f"{scope.path}.{node.name}" if scope.path else node.name)
                 found.append(_row(name, shape, shape, rewritten=True, calls=scope.calls))
     return found
 
 
 def added_parameters(model: GraphModule | ExportedProgram) -> dict[str, nn.Parameter]:
     """The parameters that accelerate added, by their names in the state dict."""
-    return {name: p for name, p in model.named_parameters() if name.endswith((".sla.proj_weight", ".sla.proj_bias"))}
+    return {name: p for name, p in model.named_parameters() if f".{name}".endswith((".sla.proj_weight", ".sla.proj_bias"))}
 
 
 def site(decision: Decision) -> Site:

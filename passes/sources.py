@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sla_compile.passes.nodes import PERMUTES, RESHAPES, mutates
 from sla_compile.passes.scopes import Caller, Scope
+
+_VIEWS = RESHAPES | PERMUTES | frozenset("getitem select slice narrow chunk split unbind".split())
 
 
 class Sources:
@@ -97,6 +100,9 @@ class Sources:
                 bits[node] = outputs[node.args[0]][node.args[1]]
             else:
                 bits[node] = functools.reduce(operator.or_, (bits[each] for each in _inputs(scope, node)), 0)
+            if mutates(node):  # rotary embeddings are written into halves of an empty tensor
+                for written in _written(scope, node):
+                    bits[written] |= bits[node]
             if node in self._bodies:
                 called = [self._walk(body, _passed(caller, bits)) for body, caller in self._bodies[node]]
                 merged = _merged(called)
@@ -125,6 +131,17 @@ def _inputs(scope: Scope, node: fx.Node) -> list[fx.Node]:
     if call is not None and call.name.endswith("_as") and isinstance(call["input"], fx.Node):
         return [call["input"]]
     return node.all_input_nodes
+
+
+def _written(scope: Scope, node: fx.Node) -> list[fx.Node]:
+    """What an in-place operation writes to: its first argument, and the tensors of which that is a view."""
+    found: list[fx.Node] = []
+    target: Any = node.args[0] if node.args else None
+    while isinstance(target, fx.Node):
+        found.append(target)
+        call = scope.reader.call(target)
+        target = target.args[0] if call is not None and call.name in _VIEWS and target.args else None
+    return found
 
 
 def _passed(caller: Caller, bits: dict[fx.Node, int]) -> list[int] | None:

@@ -129,7 +129,9 @@ def parameters(model: Any) -> list[nn.Parameter]:
     They are frozen where the owner's own parameters are: then ``requires_grad_(True)`` comes first.
     """
     if isinstance(model, torch.export.ExportedProgram):
-        model = model.module()
+        from sla_compile.passes.rewrite import added_parameters
+
+        return list(added_parameters(model).values())
     return [parameter for module in model.modules() if isinstance(module, SparseLinearAttention)
             for parameter in module.parameters()]  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sla_compile.config import SLAConfig
-from sla_compile.discovery import _arguments, _Observer, _scopes
+from sla_compile.discovery import _Observer, _scopes, arguments
 from sla_compile.functional import route
 from sla_compile.redirect import CHILD
 
@@ -27,7 +27,7 @@ def block_maps(model: nn.Module, example_inputs: Any, configs: Mapping[str, SLAC
     Returns:
         int8 (H, T_m, T_n) of the first batch entry, by path; attentions that made no such call are left out.
     """
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = arguments(example_inputs)
     maps: dict[str, Tensor] = {}
     modes = {module: module.training for module in model.modules()}
     handles = [

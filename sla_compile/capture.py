@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.fx.graph_module import GraphModule
 
-from sla_compile.discovery import _arguments
+from sla_compile.discovery import arguments
 from sla_compile.examine import Calls, accelerated_roots, owner_of, watch
 from sla_compile.passes.find import find_attention, owner
 from sla_compile.passes.scopes import scopes
@@ -118,7 +118,7 @@ def _capture_all(
             # Dynamo takes sizes as fixed at first and, where it may choose, as dynamic once they differ.
             limit = {True: first, None: 2 * first, False: len(inputs_list) * first}[dynamic]
             final = again or (position > 0 and len(collector.graphs) >= limit)
-            args, kwargs = _arguments(inputs)
+            args, kwargs = arguments(inputs)
             collector.ran.clear()
             with warnings.catch_warnings(), torch._dynamo.config.patch(error_on_recompile=final):
                 warnings.filterwarnings("ignore", "sla_compile: .* ran without calling", UserWarning)

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +61,31 @@ def discover(model: nn.Module, example_inputs: Any) -> list[AttentionCall]:
         TypeError: example_inputs is neither a tuple nor a dict.
         ValueError: the model does not run with them.
     """
-    args, kwargs = _arguments(example_inputs)
+    return run_on_fakes(model, example_inputs, _observe)
+
+
+Result = TypeVar("Result")
+
+
+def run_on_fakes(
+    model: nn.Module,
+    example_inputs: Any,
+    observe: Callable[[nn.Module, tuple, dict[str, Any]], Result],
+    *,
+    training: bool = False,
+) -> Result:
+    """``observe(copy, args, kwargs)`` on a copy of the model with fake tensors, as :func:`discover` says.
+
+    Args:
+        training: keep the modules' training mode, instead of evaluation mode.
+    """
+    args, kwargs = arguments(example_inputs)
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
-        memo = {id(tensor): _fake(fakes, tensor) for tensor in _held_tensors(model)}
-        copied = copy.deepcopy(model, memo).eval()
+        with _FakeCopies(fakes):
+            copied = copy.deepcopy(model, {id(tensor): _fake(fakes, tensor) for tensor in model.parameters()})
         fake_args, fake_kwargs = tree_map_only(Tensor, fakes.from_tensor, (args, kwargs))
         try:
-            return _observe(copied, fake_args, fake_kwargs)
+            return observe(copied if training else copied.eval(), fake_args, fake_kwargs)
         except _NEEDS_VALUES as error:
             logger.info("fake run of %s needs values (%s): running the model itself", type(model).__name__, error)
         except Exception as error:
@@ -79,7 +97,7 @@ def discover(model: nn.Module, example_inputs: Any) -> list[AttentionCall]:
         )
     was_training = {module: module.training for module in model.modules()}
     try:
-        return _observe(model.eval(), args, kwargs)
+        return observe(model if training else model.eval(), args, kwargs)
     except Exception as error:
         raise ValueError(f"the model does not run with these example_inputs: {error}") from error
     finally:
@@ -87,7 +105,8 @@ def discover(model: nn.Module, example_inputs: Any) -> list[AttentionCall]:
             module.training = training
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+def arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword arguments of a forward."""
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, dict):
@@ -100,17 +119,19 @@ def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
     )
 
 
-def _held_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters, buffers and tensors in plain attributes (tables, caches), which deepcopy cannot copy among fakes."""
-    plain = [
-        leaf
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if name not in ("_parameters", "_buffers", "_modules")
-        for leaf in tree_leaves(value)
-        if isinstance(leaf, Tensor)
-    ]
-    return [*model.parameters(), *model.buffers(), *plain]
+class _FakeCopies(TorchFunctionMode):
+    """Makes deepcopy give fakes for tensors, wherever a model keeps them: in buffers, tables, helper objects."""
+
+    def __init__(self, fakes: FakeTensorMode) -> None:
+        super().__init__()
+        self.fakes = fakes
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        memo[id(tensor)] = fake = _fake(self.fakes, tensor)
+        return fake
 
 
 def _fake(fakes: FakeTensorMode, tensor: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,20 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from sla_compile.api import Acceleration, Patterns, _Choice
 from sla_compile.config import SLAConfig
-from sla_compile.discovery import (
-    _NEEDS_VALUES,
-    AttentionCall,
-    _arguments,
-    _fake,
-    _held_tensors,
-    _Observer,
-    _scopes,
-)
+from sla_compile.discovery import AttentionCall, _Observer, _scopes, run_on_fakes
 from sla_compile.module import SparseLinearAttention
 from sla_compile.passes import rewrite
 from sla_compile.passes.eligibility import why_dense
@@ -35,8 +24,6 @@ from sla_compile.passes.sites import Site
 from sla_compile.plan import plan_module
 from sla_compile.redirect import CHILD, Redirection, is_changed
 from sla_compile.report import Report
-
-logger = logging.getLogger(__name__)
 
 UNSEEN = (
     "ran without calling scaled_dot_product_attention, or did not run: another attention backend or processor, a "
@@ -206,24 +193,7 @@ def watch(model: nn.Module, example_inputs: Any, *, training: bool = False) -> d
     Args:
         training: keep the modules' training mode, instead of evaluation mode.
     """
-    args, kwargs = _arguments(example_inputs)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
-        copied = copy.deepcopy(model, {id(tensor): _fake(fakes, tensor) for tensor in _held_tensors(model)})
-        fake_args, fake_kwargs = tree_map_only(Tensor, fakes.from_tensor, (args, kwargs))
-        try:
-            return _watched(copied if training else copied.eval(), fake_args, fake_kwargs)
-        except _NEEDS_VALUES as error:
-            logger.info("fake run of %s needs values (%s): running the model itself", type(model).__name__, error)
-        except Exception as error:
-            raise ValueError(f"the model does not run with these example_inputs: {error}") from error
-    if any(t.is_meta for t in (*model.parameters(), *tree_leaves((args, kwargs))) if isinstance(t, Tensor)):
-        raise ValueError("the model reads tensor values in its forward, which meta tensors do not have")
-    modes = {module: module.training for module in model.modules()}
-    try:
-        return _watched(model if training else model.eval(), args, kwargs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    return run_on_fakes(model, example_inputs, _watched, training=training)
 
 
 def _watched(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Calls]:

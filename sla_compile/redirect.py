@@ -148,6 +148,9 @@ def multi_head_attention(
         and not options.get("is_causal", False)
     )
     if not plain or in_proj_weight is None or mode.sla is None:
+        if mode.sla is not None and not torch.compiler.is_compiling():
+            reason = "nn.MultiheadAttention wants weights, has a mask, or attends to another sequence"
+            mode.redirection.seen = (tuple(query.shape), key.shape[0], reason)
         return F.multi_head_attention_forward(
             query, key, value, embed_dim, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn,
             dropout_p, out_proj_weight, out_proj_bias, training, key_padding_mask, need_weights, attn_mask, **options,

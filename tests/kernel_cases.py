@@ -97,6 +97,8 @@ def block_map(case: Case, generator: torch.Generator) -> Tensor:
     else:
         picked = torch.randint(shape[-1], shape[:-1], generator=generator)
         classes.scatter_(-1, picked[..., None], 1)
+        if case.blocks in ("random", "marginal") and shape[-1] > 1:  # every other row has a marginal block for certain
+            classes[:, :, ::2].scatter_(-1, (picked[:, :, ::2, None] + 1) % shape[-1], 0)
     return classes
 
 
@@ -172,11 +174,11 @@ def run(case: Case, device: str) -> dict[str, float]:
     if case.wide:
         gpu._addressing = lambda *tensors: {**kept[1](*tensors), "WIDE": True}
     try:
-        classes, grad = classes.to(device), moved(grad, device)
+        classes, given = classes.to(device), moved(grad, device)
         output, logsumexp = gpu.forward(*on_device[:3], classes, spec, **options)
-        grads = gpu.backward(grad, *on_device[:3], output, logsumexp, classes, spec, **options)
+        grads = gpu.backward(given, *on_device[:3], output, logsumexp, classes, spec, **options)
         if device != "cpu":
-            again = gpu.backward(grad, *on_device[:3], output, logsumexp, classes, spec, **options)
+            again = gpu.backward(given, *on_device[:3], output, logsumexp, classes, spec, **options)
             assert all(one is None or torch.equal(one, two) for one, two in zip(grads, again, strict=True)), (
                 "not deterministic"
             )
@@ -192,19 +194,22 @@ def run(case: Case, device: str) -> dict[str, float]:
         dense = torch.nn.functional.scaled_dot_product_attention(*double[:3], scale=spec.scale, enable_gqa=True)
         torch.testing.assert_close(oracle[0], dense)
     # A log-sum-exp that is off by x makes probabilities off by the share x: its unit is 1. In the gradients to q, k and
-    # v differences cancel, s (dP - delta) K: they are measured by the terms, dP being of size |dO| |V| / sqrt(D).
-    largest = [tensor.double().norm(dim=-1).max().item() for tensor in (grad, value)]
-    inner = abs(spec.scale) * math.prod(largest) / math.sqrt(case.dim) * max(t.abs().max().item() for t in (query, key))
-    tokens_scale = max(inner, *(exact.abs().max().item() for exact in oracle[2:5]))
-    scales = [0.0, 1.0, tokens_scale, tokens_scale, tokens_scale, 0.0, 0.0]
+    # v differences cancel, s (dP - delta) K: they are measured by the terms, dP being of size |dO| |V| / sqrt(D). And
+    # delta = <dO, O> is formed from the rounded O, to which every element adds half an ulp, at random.
+    factor = abs(spec.scale) * max(tensor.abs().max().item() for tensor in (query, key))
+    norms = [tensor.double().norm(dim=-1).max().item() for tensor in (grad, value, grad * oracle[0])]
+    size = max(factor * norms[0] * norms[1] / math.sqrt(case.dim), *(exact.abs().max().item() for exact in oracle[2:5]))
+    rounded = torch.finfo(query.dtype).eps * factor * norms[2]
+    sizes = [0.0, 1.0, size, size, size, 0.0, 0.0]
+    extra = [0.0, 0.0, rounded, rounded, 0.0, 0.0, 0.0]
     return {
-        name: ratio(result, exact, low, scale, case.length + case.dim)
-        for name, result, exact, low, scale in zip(NAMES, results, oracle, eager, scales, strict=True)
+        name: ratio(result, exact, low, more, size, case.length + case.dim)
+        for name, result, exact, low, more, size in zip(NAMES, results, oracle, eager, extra, sizes, strict=True)
         if result is not None or exact is not None
     }
 
 
-def ratio(result: Tensor, exact: Tensor, low: Tensor, scale: float, terms: int) -> float:
+def ratio(result: Tensor, exact: Tensor, low: Tensor, extra: float, size: float, terms: int) -> float:
     """Largest error over the budget; NaN where the result is not finite and the reference is."""
     eps, eps32 = torch.finfo(result.dtype).eps, torch.finfo(torch.float32).eps
     result, low = result.detach().cpu().double(), low.double()
@@ -212,11 +217,12 @@ def ratio(result: Tensor, exact: Tensor, low: Tensor, scale: float, terms: int) 
     if result.shape != exact.shape or not torch.equal(result.isinf(), absent) or result.isnan().any():
         return math.nan
     result, low, exact = (tensor.masked_fill(absent, 0) for tensor in (result, low, exact))
-    own = exact.abs().max().item()
+    largest = exact.abs().max().item()
     # Where the low-precision evaluation overflowed it says nothing.
     eager_error = (low - exact).abs().nan_to_num(0, posinf=0).max().item()
     error = (result - exact).abs().max().item()
-    return error / (2 * eager_error + eps * own + math.sqrt(terms) * eps32 * max(own, scale)) if error else 0.0
+    walk = math.sqrt(terms) * eps32 * max(size, largest)
+    return error / (2 * eager_error + eps * largest + extra + walk) if error else 0.0
 
 
 def moved(tensor: Tensor, device: str) -> Tensor:

@@ -141,6 +141,14 @@ def test_attention_in_subgraphs():
     assert all(has is not name.startswith("frozen") for name, has in grads.items())
 
 
+def rotated(x, table):
+    """Written into halves of an empty tensor, as Wan does."""
+    out = torch.empty_like(x)
+    out[..., 0::2] = x[..., 1::2] * table[..., 0::2]
+    out[..., 1::2] = x[..., 0::2] * table[..., 1::2]
+    return out.type_as(x)
+
+
 class Rotary(nn.Module):
     """Rotary tables are often applied in full precision: query and key leave a subgraph that value does not enter."""
 
@@ -151,7 +159,7 @@ class Rotary(nn.Module):
     def forward(self, x, context, table):
         query, key, value = self.attn.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         with torch.autocast("cpu", enabled=False):
-            query, key, foreign = query * table, key * table, context[:, None] * table
+            query, key, foreign = rotated(query, table), key * table, context[:, None] * table
         own = F.scaled_dot_product_attention(query, key, value)
         return own, F.scaled_dot_product_attention(query, foreign.expand_as(key), value)
 

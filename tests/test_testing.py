@@ -480,11 +480,11 @@ def test_dit(sla_snapshot, length):
 
 def test_plugin(pytester, monkeypatch):
     monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.syspath_prepend(str(ROOT))
     pytester.makepyfile(test_models=USER_TEST.replace("SPARSITY", "0.9"))
 
     def outcomes(*arguments):
-        run = pytester.runpytest_subprocess("-p", "sla_compile_pytest", "-p", "no:cacheprovider", *arguments)
+        run = pytester.runpytest_inprocess("-p", "sla_compile_pytest", "-p", "no:cacheprovider", *arguments)
         return run.parseoutcomes(), run.stdout.str()
 
     assert outcomes("--sla-update-snapshots")[0] == {"passed": 2}

@@ -83,6 +83,7 @@ CASES = [
     Case(feature_map="relu", dtype="fp16"),
     Case(feature_map="elu", linear="all", dtype="bf16"),
     Case(feature_map="relu", linear="all"),
+    Case(feature_map="relu", linear="all", length=1, magnitude=0.003),  # the added epsilon is seen
     # Head dimensions, padded ones among them, with the tiles of several architectures.
     Case(dim=1, length=70),
     Case(dim=4, dtype="fp16"),
