@@ -59,8 +59,8 @@ def forward(
 
     queries = _blocks(query.to(dtype), block_q, rows)
     keys, values = (_blocks(tokens.to(dtype), block_k, columns) for tokens in (key, value))
+    pinned = (pinned_first, pinned_last) if block_map is None else (0, 0)
     if block_map is None:
-        pinned = (pinned_first, pinned_last)
         block_map = route(
             queries, keys, length, bias, spec, sparsity=sparsity, negligible=negligible,
             critical_blocks=critical_blocks, pinned=pinned,
@@ -70,7 +70,15 @@ def forward(
 
     bias = _padded_bias(bias, length, columns * block_k, query.device).to(dtype)
     bias = bias.view(-1, 1, columns, block_k).expand(batch, kv_heads, columns, block_k)
-    output, logsumexp = _sparse(queries, keys, values, bias, block_map == 1, spec)
+    critical = block_map == 1
+    if any(pinned):  # these rows have many more slots than the others, and get a loop of their own
+        held = _pinned_blocks(length, block_q, rows, pinned, query.device)
+        output, logsumexp = _sparse(queries, keys, values, bias, critical & ~held[:, None], spec)
+        index = _pinned_rows(length, block_q, rows, pinned, query.device)
+        exact = _sparse(queries.index_select(2, index), keys, values, bias, critical.index_select(2, index), spec)
+        output, logsumexp = (all.index_copy(2, index, own) for all, own in zip((output, logsumexp), exact, strict=True))
+    else:
+        output, logsumexp = _sparse(queries, keys, values, bias, critical, spec)
     if linear != "none":
         # The ones give the denominator as one more column of the product.
         weighted = torch.cat([values, torch.ones_like(values[..., :1])], -1) * bias.exp()[..., None]
@@ -172,6 +180,17 @@ def _pinned_blocks(length: int, block: int, count: int, pinned: tuple[int, int],
     if last:
         held = held | ((index + 1) * block > length - last)
     return held & (index * block < length)
+
+
+def _pinned_rows(length: int, block: int, count: int, pinned: tuple[int, int], device: torch.device) -> Tensor:
+    """Indices that hold all pinned blocks: a fixed number for all lengths, so that others and repeated ones may be in."""
+    first, last = pinned
+    index = torch.arange(num_blocks(first, block) + (num_blocks(last, block) + 1 if last else 0), device=device)
+    if last:
+        start = torch.div(torch.scalar_tensor(length - last, dtype=torch.int64, device=device), block, rounding_mode="floor")
+        leading = num_blocks(first, block)
+        index = torch.where(index < leading, index, index - leading + start)
+    return index.clamp(0, count - 1)
 
 
 def _sparse(

@@ -13,7 +13,7 @@ def key_bias(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     exponential then is a weight in [0, 1] that cannot overflow in the linear branch. A row of -inf stays so.
 
     Args:
-        mask: bool or floating point, broadcastable to (batch, 1, 1, length) or expanded from that over heads and queries.
+        mask: bool or floating point, broadcastable to (batch, 1, 1, length) or that expanded.
     """
     if mask is None:
         return None

@@ -54,9 +54,9 @@ def accelerate_exported(
     }
     decisions = rewrite.decide(module, choose, constants=constants)
     sites = [rewrite.site(decision) for decision in decisions]
-    rewrite.check_found(sites, allow_no_match)
     if check is not None:
         check(sites)
+    rewrite.check_found(sites, allow_no_match)
     parameters = _ProgramParameters(module, program)
     edits = Edits(parameters)
     edits.rewrite((d.match, d.config) for d in decisions if d.config is not None)

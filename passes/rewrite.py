@@ -69,9 +69,9 @@ def accelerate_graph(
     check_fresh(graph_module)
     decisions = decide(graph_module, choose, example_inputs=example_inputs)
     sites = [site(decision) for decision in decisions]
-    check_found(sites, allow_no_match)
     if check is not None:
         check(sites)
+    check_found(sites, allow_no_match)
     modules: dict[str, SparseLinearAttention] = {}
     edits = Edits(ModuleParameters(graph_module, modules))
     edits.rewrite((d.match, d.config) for d in decisions if d.config is not None)
@@ -309,7 +309,8 @@ def recorded_sites(model: GraphModule | ExportedProgram) -> list[Site] | None:
 
 def added_parameters(model: GraphModule | ExportedProgram) -> dict[str, nn.Parameter]:
     """The parameters that accelerate added, by their names in the state dict."""
-    return {name: p for name, p in model.named_parameters() if f".{name}".endswith((".sla.proj_weight", ".sla.proj_bias"))}
+    endings = (".sla.proj_weight", ".sla.proj_bias")
+    return {name: p for name, p in model.named_parameters() if f".{name}".endswith(endings)}
 
 
 def site(decision: Decision) -> Site:

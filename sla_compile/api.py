@@ -84,18 +84,23 @@ def accelerate(
     if isinstance(model, torch.export.ExportedProgram):
         from sla_compile.passes.exported import accelerate_exported
 
-        program, sites = accelerate_exported(model, choice, allow_no_match=allow_no_match)
-        choice.check_patterns(sites)
+        program, _ = accelerate_exported(model, choice, allow_no_match=allow_no_match, check=choice.check_patterns)
         return cast(Model, program)
     if isinstance(model, torch.fx.GraphModule):
         from sla_compile.passes.rewrite import accelerate_graph
 
-        accelerate_graph(model, choice, example_inputs=example_inputs, allow_no_match=allow_no_match)
+        accelerate_graph(
+            model,
+            choice,
+            example_inputs=example_inputs,
+            allow_no_match=allow_no_match,
+            check=choice.check_patterns,
+        )
         return model
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"accelerate takes an nn.Module, fx.GraphModule or ExportedProgram, got {type(model).__name__}; for a plain "
-            'function use torch.compile(function, backend="sla")'
+            f"accelerate takes an nn.Module, fx.GraphModule or ExportedProgram, got {type(model).__name__}; for a "
+            'plain function use torch.compile(function, backend="sla")'
         )
     _check_unwrapped(model)
     planned, sites = plan_module(model, choice, example_inputs)
@@ -205,7 +210,11 @@ class _Choice:
 
     def check_patterns(self, sites: Sequence[Site]) -> None:
         """Raises ValueError for a pattern that matches no attention: it would do nothing, silently."""
-        for label, patterns in (("include", self.include), ("exclude", self.exclude), ("per_site", list(self.per_site))):
+        for label, patterns in (
+            ("include", self.include),
+            ("exclude", self.exclude),
+            ("per_site", list(self.per_site)),
+        ):
             if patterns is None or callable(patterns):
                 continue
             for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -228,7 +237,9 @@ def _check_unwrapped(model: nn.Module) -> None:
             raise RuntimeError(f"{where} is accelerated already, by {state.origin}; sla_compile.restore undoes it")
         kind = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
-            raise RuntimeError(f"{name or 'the model'} is a ScriptModule, whose graph is fixed; accelerate before scripting")
+            raise RuntimeError(
+                f"{name or 'the model'} is a ScriptModule, whose graph is fixed; accelerate before scripting"
+            )
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise RuntimeError(f"accelerate the module inside {kind} before wrapping it: it gets new parameters")
         if any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
@@ -288,7 +299,8 @@ def _reasons(sites: Sequence[Site]) -> str:
     for site in sites:
         groups.setdefault(site.reason, []).append(site)
     return "\n".join(
-        f"  {found[0].name or 'the model itself'} {found[0].shape}" + f" and {len(found) - 1} more" * (len(found) > 1)
+        f"  {found[0].name or 'the model itself'} {found[0].shape}"
+        + f" and {len(found) - 1} more" * (len(found) > 1)
         + f": {reason}"
         for reason, found in groups.items()
     )
@@ -300,5 +312,3 @@ def _caller() -> str:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "sla_compile":
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-

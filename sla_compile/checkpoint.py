@@ -93,7 +93,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -110,7 +110,12 @@ def _check_sites(path: Any, header: dict, model: nn.Module, modules: dict, tenso
     if set(sites) != set(modules):
         only_file, only_model = sorted(set(sites) - set(modules)), sorted(set(modules) - set(sites))
         raise ValueError(
-            _mismatch(path, header, model, f"attentions only in the file: {only_file[:4]}, only in the model: {only_model[:4]}")
+            _mismatch(
+                path,
+                header,
+                model,
+                f"attentions only in the file: {only_file[:4]}, only in the model: {only_model[:4]}",
+            )
         )
     for owner, module in modules.items():
         if sites[owner]["config"] != module.config.to_dict():
@@ -121,7 +126,9 @@ def _check_sites(path: Any, header: dict, model: nn.Module, modules: dict, tenso
             value = tensors.get(_join(owner, name))
             if value is None or value.shape != parameter.shape:
                 found = "nothing" if value is None else tuple(value.shape)
-                raise ValueError(_mismatch(path, header, model, f"{owner} needs {name} {tuple(parameter.shape)}, found {found}"))
+                raise ValueError(
+                    _mismatch(path, header, model, f"{owner} needs {name} {tuple(parameter.shape)}, found {found}")
+                )
 
 
 def _mismatch(path: Any, header: dict, model: nn.Module, what: str) -> str:

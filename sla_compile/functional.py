@@ -55,7 +55,14 @@ def sparse_linear_attention(
     if block_map is not None:
         _check_block_map(block_map, query, config)
     output, _ = torch.ops.sla_compile.sparse_linear_attention(
-        query, key, value, proj_weight, proj_bias, key_padding_mask, block_map, *op_scalars(config, query.shape[-1], scale)
+        query,
+        key,
+        value,
+        proj_weight,
+        proj_bias,
+        key_padding_mask,
+        block_map,
+        *op_scalars(config, query.shape[-1], scale),
     )
     return output
 
@@ -131,7 +138,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, m
         if not is_key_padding_mask(mask, query):
             raise ValueError(
                 f"key_padding_mask must be bool or floating point and broadcastable to (batch, 1, 1, tokens) = "
-                f"({query.shape[0]}, 1, 1, {query.shape[2]}), got {mask.dtype} of shape {tuple(mask.shape)}; masks that "
+                f"({query.shape[0]}, 1, 1, {query.shape[2]}), got {mask.dtype} of {tuple(mask.shape)}; masks that "
                 "differ between queries or heads are not supported"
             )
 
@@ -166,7 +173,12 @@ def _check_block_map(block_map: Tensor, query: Tensor, config: SLAConfig) -> Non
     if block_map.device != query.device:
         raise ValueError(f"query is on {query.device} but block_map is on {block_map.device}")
     # The values can only be read outside of a trace, and reading them from a GPU would break a stream capture.
-    if torch.compiler.is_compiling() or block_map.is_meta or block_map.is_cuda and torch.cuda.is_current_stream_capturing():
+    if (
+        torch.compiler.is_compiling()
+        or block_map.is_meta
+        or (block_map.is_cuda
+        and torch.cuda.is_current_stream_capturing())
+    ):
         return
     if not (block_map == 1).any(-1).all():
         raise ValueError("every row of block_map needs a critical block (1)")

@@ -20,8 +20,8 @@ from sla_compile.kernels.spec import Spec
 
 # NOTE [Implementation version]
 # The compile caches of torch key on an op's name and arguments, not on its body (pytorch#160472): after an upgrade that
-# changes the numbers, an old cache would keep serving whatever Inductor constant-folded or decomposed. The version is an
-# argument of every call, so raising it misses those caches.
+# changes the numbers, an old cache would keep serving whatever Inductor constant-folded or decomposed. The version is
+# an argument of every call, so raising it misses those caches.
 IMPL_VERSION = 1
 
 

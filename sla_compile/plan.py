@@ -105,7 +105,7 @@ def _decide_by_calls(
     by_owner: dict[str, list[AttentionCall]] = {}
     for call in calls:
         by_owner.setdefault(call.owner, []).append(call)
-    decided = []
+    decided: list[Decision] = []
     for name, made in by_owner.items():
         wish = choice(name, modules[name])
         reasons = [wish if isinstance(wish, str) else _why_dense(call, wish) for call in made]
@@ -122,10 +122,10 @@ def _decide_by_calls(
             str(tuple(call.query.shape)),
             str(call.key.shape[-2]),
             call.query.shape[-1],
-            config=wish.fingerprint() if reason is None else "",
+            config=wish.fingerprint() if isinstance(wish, SLAConfig) and reason is None else "",
             calls=len(made),
         )
-        decided.append((name, wish if reason is None else None, site))
+        decided.append((name, wish if isinstance(wish, SLAConfig) and reason is None else None, site))
     for owner in owners:
         if owner.name not in by_owner:
             reason = "made no call of scaled_dot_product_attention with these example_inputs"
@@ -144,8 +144,10 @@ def _encloses(outer: str, inner: str) -> bool:
     return outer == "" or inner.startswith(outer + ".")
 
 
-def _second_argument(module: nn.Module, name: str) -> tuple[str, int | None]:
+def _second_argument(module: nn.Module, name: str | None) -> tuple[str, int | None] | None:
     """Name and position of the second sequence in the owner's forward."""
+    if name is None:
+        return None
     names = [
         parameter.name
         for parameter in inspect.signature(module.forward).parameters.values()
@@ -154,7 +156,7 @@ def _second_argument(module: nn.Module, name: str) -> tuple[str, int | None]:
     return name, names.index(name) if name in names else None
 
 
-def _new_parameters(name: str, module: nn.Module, config: SLAConfig, head_dim: int) -> SparseLinearAttention:
+def _new_parameters(name: str, module: nn.Module, config: SLAConfig, head_dim: int | None) -> SparseLinearAttention:
     """Zero parameters on the owner's device, in its dtype, trainable where any of its own are.
 
     The dtype follows the owner's, then and under ``.to()``, because one parameter group of FSDP takes a single dtype;
@@ -164,11 +166,12 @@ def _new_parameters(name: str, module: nn.Module, config: SLAConfig, head_dim: i
         raise ValueError(f"{name} already has an attribute named {CHILD!r}, which would hold the new parameters")
     own = [p for p in module.parameters() if p.dtype in _PARAMETER_DTYPES]
     device = own[0].device if own else None
-    hook = getattr(module, "_hf_hook", None) or next(
+    hook: Any = getattr(module, "_hf_hook", None) or next(
         (child._hf_hook for child in module.modules() if hasattr(child, "_hf_hook")), None
     )
     if device is not None and device.type == "meta" and getattr(hook, "execution_device", None) is not None:
         device = torch.device(hook.execution_device)  # offloaded: the weights are elsewhere, ours are small
+    assert head_dim is not None  # an attention is not chosen without
     sla = SparseLinearAttention(config, head_dim, device=device, dtype=own[0].dtype if own else None)
     sla.requires_grad_(not own or any(p.requires_grad for p in own))
     return sla.train(module.training)

@@ -51,7 +51,9 @@ class Redirection:
 class _AttentionMode(TorchFunctionMode):
     """Sends scaled_dot_product_attention to the owner's parameters; everything else passes."""
 
-    def __init__(self, sla: SparseLinearAttention | None, redirection: Redirection, second: tuple | None, calls: list) -> None:
+    def __init__(
+        self, sla: SparseLinearAttention | None, redirection: Redirection, second: tuple | None, calls: list
+    ) -> None:
         super().__init__()
         self.sla = sla
         self.redirection = redirection
@@ -88,12 +90,14 @@ class _AttentionMode(TorchFunctionMode):
             reason = "cross-attention: a second sequence was passed"
         else:
             reason = why_dense(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, sla.config)
-        if not (torch.compiler.is_compiling() or sla is not None and sla.dense):
+        if not (torch.compiler.is_compiling() or (sla is not None and sla.dense)):
             self.redirection.seen = (tuple(query.shape), key.shape[-2], reason)
         if sla is not None and reason is None:
             return sla(query, key, value, attn_mask, scale, enable_gqa)
         # Under a redirected ancestor the function would be caught again by the ancestor's mode; the operator is not.
-        dense = torch.ops.aten.scaled_dot_product_attention if self.redirection.nested else F.scaled_dot_product_attention
+        dense = (
+            torch.ops.aten.scaled_dot_product_attention if self.redirection.nested else F.scaled_dot_product_attention
+        )
         return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -200,7 +204,7 @@ def _is_joint(query: Tensor, first: Any, second: Any) -> bool:
 
 
 def _warn_unseen(name: str) -> None:
-    """Runs while Dynamo traces, too, as `attach` has it. The name then becomes a guard, so it is read only where something is wrong."""
+    """Runs while Dynamo traces, too (see `attach`). The name becomes a guard: read only where something is wrong."""
     warnings.warn(
         f"sla_compile: {name or 'the model'} ran without calling scaled_dot_product_attention, so it computed dense "
         "attention or none (another attention backend, a cached result, or a checkpoint inside its own forward); use "
@@ -291,7 +295,7 @@ def _new_instance(factory: Any, base: type[nn.Module]) -> nn.Module:
 def attach(owner: Any, redirection: Redirection, sla: SparseLinearAttention | None) -> None:
     """Redirects the owner's attention to `sla`, or with None shields it from a redirected ancestor."""
     torch.compiler.assume_constant_result(_warn_unseen)  # not where it is defined: this imports Dynamo, and so Triton
-    base = type(owner)
+    base: Any = type(owner)
     owner._sla_redirection = redirection
     if sla is not None:
         owner.add_module(CHILD, sla)
@@ -313,7 +317,7 @@ def _pin_attention_backend(owner: Any) -> None:
 
 def attach_root(model: Any) -> None:
     """Makes the model the root of an acceleration, unless it is redirected itself."""
-    base = type(model)
+    base: Any = type(model)
     if not is_changed(model):
         model.__class__ = root_class(base)
         _follow_instance_forward(model, base.forward, wrap=False)

@@ -52,7 +52,8 @@ def _member(owner: Any, name: str) -> Any:
 
 def concatenates(function: Any, second: str) -> bool:
     """Whether the queries of the attention in `function` come from a concatenation with its argument `second`."""
-    derived, joined = {second}, set()  # names computed from `second`, and from a concatenation with it
+    derived: set[str] = {second}  # names computed from `second`
+    joined: set[str] = set()  # names computed from a concatenation with it
     for statement in _statements(_function(function)):
         for call in _calls(statement.value):
             if _called(call) in ATTENTION and call.args:
@@ -143,7 +144,7 @@ def _method_calls(definition: type) -> dict[str, list[ast.Call]]:
 
 
 def _called(call: ast.Call) -> str:
-    return getattr(call.func, "attr", None) or getattr(call.func, "id", "")
+    return str(getattr(call.func, "attr", None) or getattr(call.func, "id", ""))
 
 
 def _read(expression: ast.AST) -> set[str]:

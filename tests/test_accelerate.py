@@ -94,7 +94,9 @@ def test_report_shows_shapes_after_a_run():
     model(*make_inputs())
     row = sla_compile.report(model).rows[0]
     assert (row.shape, row.keys, row.head_dim) == ("(1, 2, 200, 16)", "200", 16)
-    assert "blocks.0.attn" in str(sla_compile.report(model)) and '"blocks.0.attn"' in sla_compile.report(model).to_json()
+    assert (
+        "blocks.0.attn" in str(sla_compile.report(model)) and '"blocks.0.attn"' in sla_compile.report(model).to_json()
+    )
 
 
 def test_masks():
@@ -404,7 +406,7 @@ class Undeclared(nn.Module):
         self.layer = build().blocks[0].text
 
     def forward(self, **kwargs):
-        return getattr(self, "layer")(kwargs["x"], kwargs["context"])  # noqa: B009: hidden from a reader of the source
+        return self.layer(kwargs["x"], kwargs["context"])  # noqa: B009: hidden from a reader of the source
 
 
 BAD = {
@@ -437,7 +439,9 @@ def test_bad_calls_name_the_remedy_and_change_nothing(case):
 def test_twice_is_an_error_that_names_the_first_call():
     model = sla_compile.accelerate(build(), config=CONFIG)
     before = fingerprint(model)
-    with pytest.raises(RuntimeError, match="accelerated already, by accelerate\\(TinyDiT, sparsity=0.8\\) at .*test_acc"):
+    with pytest.raises(
+        RuntimeError, match="accelerated already, by accelerate\\(TinyDiT, sparsity=0.8\\) at .*test_acc"
+    ):
         sla_compile.accelerate(model, config=CONFIG)
     with pytest.raises(RuntimeError, match="its submodule inner is accelerated already"):
         sla_compile.accelerate(nn.ModuleDict({"inner": model}), config=CONFIG)
@@ -485,7 +489,7 @@ def test_joint_attention_of_two_sequences_is_redirected():
             self.layer = Joint()
 
         def forward(self, x, context):
-            return getattr(self, "layer")(x, context)  # noqa: B009: the source does not tell
+            return self.layer(x, context)  # noqa: B009: the source does not tell
 
     model = sla_compile.accelerate(Caller().eval(), config=CONFIG, include="layer")
     model(*make_inputs(200, context=30))

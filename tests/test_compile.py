@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,7 +68,9 @@ def test_no_recompile_that_the_dense_model_has_not(dynamic):
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
         with torch.no_grad():
             for length in (200, 330, 577, 150):
-                torch.testing.assert_close(compiled(*make_inputs(length)), model(*make_inputs(length)), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    compiled(*make_inputs(length)), model(*make_inputs(length)), rtol=1e-5, atol=1e-5
+                )
         graphs[kind] = counters["stats"]["unique_graphs"]
     assert graphs["accelerated"] == graphs["dense"]
 
@@ -77,7 +80,9 @@ def test_a_threshold_crossed_is_one_more_graph_and_exact():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
         for length in (200, 40, 330, 50):
-            torch.testing.assert_close(compiled(*make_inputs(length)), model(*make_inputs(length)), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                compiled(*make_inputs(length)), model(*make_inputs(length)), rtol=1e-5, atol=1e-5
+            )
         with torch._dynamo.config.patch(error_on_recompile=True):
             compiled(*make_inputs(45)), compiled(*make_inputs(280))
 
@@ -105,7 +110,9 @@ def test_autocast(backend):
 def test_inductor_fuses_around_the_op_and_copies_nothing():
     def function(x, weight, bias):
         query, key, value = (x * 2 + 1).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        output = sla_compile.sparse_linear_attention(query, key, value, config=CONFIG, proj_weight=weight, proj_bias=bias)
+        output = sla_compile.sparse_linear_attention(
+            query, key, value, config=CONFIG, proj_weight=weight, proj_bias=bias
+        )
         return torch.relu(output.transpose(1, 2).flatten(2) + 1)
 
     inputs = (torch.randn(1, 200, 96), torch.randn(16, 16), torch.randn(16))
@@ -126,8 +133,9 @@ def test_max_autotune():
 
 def test_a_cold_process_compiles_the_same(tmp_path):
     """Nothing may depend on what an earlier eager run left behind."""
+    tests = Path(__file__).parent
     program = f"""
-import sys; sys.path.insert(0, {str(sys.path[0])!r}); sys.path.insert(0, {str(build.__globals__["__file__"].rpartition("/")[0])!r})
+import sys; sys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]
 import torch, sla_compile
 from models import build, make_inputs
 model = sla_compile.accelerate(build(), config=sla_compile.SLAConfig(sparsity=0.8, min_seq_len=64))

@@ -10,7 +10,7 @@ import sla_compile
 from sla_compile import SLAConfig
 
 pytest.importorskip("diffusers")
-from diffusers import WanTransformer3DModel  # noqa: E402
+from diffusers import WanTransformer3DModel
 
 CONFIG = SLAConfig(sparsity=0.8, min_seq_len=64)
 
@@ -51,7 +51,9 @@ def expected():
 
 @pytest.fixture
 def one_rank(tmp_path):
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.FileStore(str(tmp_path / "s"), 1))
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.FileStore(str(tmp_path / "s"), 1)
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -122,7 +124,9 @@ def test_cpu_offload_hooks(when, expected):
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_lora(when):
     peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(r=2, target_modules="all-linear" if when == "after" else ["to_q", "to_v"], init_lora_weights=False)
+    lora = peft.LoraConfig(
+        r=2, target_modules="all-linear" if when == "after" else ["to_q", "to_v"], init_lora_weights=False
+    )
     torch.manual_seed(3)
     model = build() if when == "before" else accelerated(trained=False)
     model.add_adapter(lora)
