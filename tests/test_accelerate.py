@@ -406,7 +406,7 @@ class Undeclared(nn.Module):
         self.layer = build().blocks[0].text
 
     def forward(self, **kwargs):
-        return self.layer(kwargs["x"], kwargs["context"])  # noqa: B009: hidden from a reader of the source
+        return next(self.children())(kwargs["x"], kwargs["context"])  # hidden from a reader of the source
 
 
 BAD = {
@@ -489,7 +489,7 @@ def test_joint_attention_of_two_sequences_is_redirected():
             self.layer = Joint()
 
         def forward(self, x, context):
-            return self.layer(x, context)  # noqa: B009: the source does not tell
+            return next(self.children())(x, context)  # hidden from a reader of the source
 
     model = sla_compile.accelerate(Caller().eval(), config=CONFIG, include="layer")
     model(*make_inputs(200, context=30))

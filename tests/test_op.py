@@ -203,7 +203,7 @@ BAD = {
     "map shape": (dict(block_map=torch.ones(1, 2, 3, 3, dtype=torch.int8)), "shape \\(1, 2, 4, 4\\)"),
     "map dtype": (dict(block_map=torch.ones(1, 2, 4, 4)), "must be int8"),
     "map row": (dict(block_map=torch.zeros(1, 2, 4, 4, dtype=torch.int8)), "needs a critical block"),
-    "map value": (dict(block_map=torch.ones(1, 2, 4, 4, dtype=torch.int8).cumsum(2).to(torch.int8)), "must hold 1"),
+    "map value": (dict(block_map=torch.ones(1, 2, 4, 4, dtype=torch.int8).cumsum(3).to(torch.int8)), "must hold 1"),
 }  # fmt: skip
 
 

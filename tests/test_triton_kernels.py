@@ -195,3 +195,22 @@ def test_drawn_cases_agree_with_the_reference(case: Any, run: Callable[[Any], di
     ratios = run(case)
     check(ratios)
     target(max(ratios.values()), label="largest error over budget")
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "wide", "align"),
+    [
+        ((2, 3, 50, 64), (9600, 64, 192, 1), False, 8),
+        ((2, 3, 50, 72), (10800, 72, 216, 1), False, 8),
+        ((2, 3, 50, 12), (1800, 12, 36, 1), False, 4),
+        ((2, 3, 50, 7), (1050, 7, 21, 1), False, 1),
+        ((2, 3, 50, 64), (0, 0, 0, 0), False, 8),
+        ((1, 1, 50, 64), (0, 0, 2**24, 1), True, 8),
+        ((1, 1, 50, 64), (0, 0, 2**24 - 8, 1), False, 8),
+    ],
+)
+def test_addressing(shape: tuple[int, ...], strides: tuple[int, ...], wide: bool, align: int) -> None:
+    from sla_compile.kernels.gpu import _addressing
+
+    tensor = torch.empty(1 << 32, dtype=torch.float16, device="meta").as_strided(shape, strides)
+    assert _addressing(tensor) == {"WIDE": wide, "ALIGN": align}
