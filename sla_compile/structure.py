@@ -21,6 +21,7 @@ _SECOND = re.compile(
     r"^(encoder_.*|context.*|cond(ition.*)?|memory|k|keys?|key_value.*|cross_.*|x?_?kv|y|text.*|txt.*)$"
 )
 _NO_SEQUENCE = re.compile(r"mask|emb|rope|rotary|freq|pos|cache|len|ids|scale|shape|size|kwargs")
+_INDIRECT = {"getattr", "children", "named_children", "modules", "named_modules", "get_submodule", "_modules"}
 _CROSS = re.compile(r"cross", re.IGNORECASE)
 _OTHER_ATTENTION = {"softmax", "multi_head_attention_forward", "get_attention_scores", "flex_attention"}
 
@@ -117,7 +118,7 @@ def _verdict(
 
 def _never_called(name: str, parent: nn.Module) -> bool:
     """Whether the parent's code never mentions the child `name`: one of its base class that it does without."""
-    indirect = name.isdigit() or "getattr" in names_used(parent, 0)
+    indirect = name.isdigit() or names_used(parent, 0) & _INDIRECT
     return not indirect and name not in names_used(parent)
 
 
