@@ -176,8 +176,7 @@ def _check_block_map(block_map: Tensor, query: Tensor, config: SLAConfig) -> Non
     if (
         torch.compiler.is_compiling()
         or block_map.is_meta
-        or (block_map.is_cuda
-        and torch.cuda.is_current_stream_capturing())
+        or (block_map.is_cuda and torch.cuda.is_current_stream_capturing())
     ):
         return
     if not (block_map == 1).any(-1).all():
