@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # an uninstalled checkout works
+
 import sla_compile
 from sla_compile import SLAConfig
 
