@@ -5,7 +5,7 @@ import os.path
 if not os.path.isdir(os.path.join(__path__[0], "kernels")):  # a checkout: kernels/ and passes/ stand beside this folder
     __path__.append(os.path.dirname(__path__[0]))
 
-from sla_compile import _compat  # noqa: F401  # refuses versions of torch that are too old
+from sla_compile import _compat, export  # noqa: F401  # the first refuses versions of torch that are too old
 from sla_compile.api import accelerate, dense, parameters, report, restore
 from sla_compile.checkpoint import load, save
 from sla_compile.config import SLAConfig
@@ -19,6 +19,7 @@ __all__ = [
     "SparseLinearAttention",
     "accelerate",
     "dense",
+    "export",
     "load",
     "parameters",
     "report",

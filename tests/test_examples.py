@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,12 @@ import torch
 
 pytest.importorskip("diffusers")
 FOLDER = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    """Examples import each other, as they do where they are run as scripts."""
+    monkeypatch.syspath_prepend(str(FOLDER))
 
 
 def load(path):
@@ -35,3 +42,18 @@ def test_fine_tune_learns_and_its_file_loads(capsys):
     assert all(math.isfinite(loss) for loss in losses)
     assert torch.tensor(losses[-5:]).mean() < torch.tensor(losses[:5]).mean()
     assert "4 parameters" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+def test_export_onnx(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert load(FOLDER / "export_onnx.py").main(["--small", "--output", str(tmp_path / "network.onnx")]) < 1e-5
+    assert (tmp_path / "network.onnx").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which AOTInductor compiles with")
+def test_export_pt2(tmp_path):
+    assert load(FOLDER / "export_pt2.py").main(["--small", "--output", str(tmp_path)]) < 1e-5
+    assert {path.name for path in tmp_path.iterdir()} == {"program.pt2", "core_aten.pt2", "compiled.pt2"}

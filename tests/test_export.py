@@ -1,0 +1,186 @@
+"""The decomposition into core ATen, and programs that are saved and loaded."""
+
+import pytest
+import torch
+from export_cases import (
+    BLOCK_MAP,
+    CASES,
+    LENGTHS,
+    NETWORK_SHAPES,
+    Attention,
+    difference,
+    network,
+    run_python,
+)
+from graph_tools import OP, ops, targets
+from models import make_inputs
+from torch.export import export
+
+import sla_compile
+from sla_compile.export import decompositions
+from sla_compile.kernels import decomposed
+
+# run_decompositions copies tree specifications, whose class warns about it from inside the standard library
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+TOLERANCE = 3e-6
+
+
+def by_name(cases):
+    return [pytest.param(case, id=case.name) for case in cases]
+
+
+def attention_program(case, dynamic, strict=False):
+    model = Attention(case)
+    shapes = case.dynamic_shapes if dynamic else None
+    return model, export(model, case.inputs(200), dynamic_shapes=shapes, strict=strict)
+
+
+@pytest.mark.parametrize("case", by_name(CASES))
+def test_one_decomposed_program_for_every_length(case):
+    model, program = attention_program(case, dynamic=True)
+    assert ops(program.graph_module) == 1
+    decomposed_program = program.run_decompositions(decompositions())
+    assert ops(decomposed_program.graph_module) == 0
+    module = decomposed_program.module()
+    for length in LENGTHS:
+        inputs = case.inputs(length)
+        result, expected = module(*inputs), model(*inputs)
+        assert result.stride() == expected.stride() or length == 1
+        assert result.dtype == expected.dtype
+        assert difference(result, expected) < TOLERANCE, length
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
+@pytest.mark.parametrize("case", by_name([CASES[0], BLOCK_MAP]))
+def test_static_length(case, strict):
+    model, program = attention_program(case, dynamic=False, strict=strict)
+    inputs = case.inputs(200)
+    result = program.run_decompositions(decompositions()).module()(*inputs)
+    assert difference(result, model(*inputs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("length", [65, 128])
+def test_logsumexp(length):
+    for case in (CASES[1], CASES[4], BLOCK_MAP):
+        query, key, value, *rest = case.inputs(length)
+        scalars = (0.2, *sla_compile.ops.op_scalars(case.config, 12, None)[1:])
+        _, result = decomposed.forward(query, key, value, *rest, *scalars)
+        _, expected = torch.ops.sla_compile.sparse_linear_attention(query, key, value, *rest, *scalars)
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_low_precision(dtype):
+    query, key, value, weight, bias, *_ = CASES[0].inputs(200)
+    scalars = sla_compile.ops.op_scalars(CASES[0].config, 12, None)
+    tokens = [t.to(dtype) for t in (query, key, value)]
+    result, _ = decomposed.forward(*tokens, weight, bias, None, None, *scalars)
+    expected, _ = torch.ops.sla_compile.sparse_linear_attention(*tokens, weight, bias, None, None, *scalars)
+    exact, _ = torch.ops.sla_compile.sparse_linear_attention(
+        *(t.float() for t in tokens), weight, bias, None, None, *scalars
+    )
+    assert result.dtype == dtype
+    rounding = torch.finfo(dtype).eps
+    assert difference(result, exact) < rounding
+    assert difference(result, expected) < 2 * rounding
+
+
+def test_only_core_aten_and_a_loop_are_left():
+    _, program = attention_program(CASES[2], dynamic=True)
+    program = program.run_decompositions(decompositions())
+    called = set(targets(program.graph_module))
+    assert {str(t) for t in called if isinstance(t, torch._ops.HigherOrderOperator)} == {"while_loop"}
+    operators = {t for t in called if isinstance(t, torch._ops.OpOverload)}
+    assert {str(t) for t in operators if torch.Tag.core not in t.tags} == set()
+    assert not any("topk" in str(t) for t in called)  # its count would be a share of the length
+
+
+@pytest.mark.parametrize("length", [1024, 4096])
+def test_no_tensor_grows_faster_than_the_length(length):
+    query = torch.empty(1, 2, length, 64, device="meta")
+    weight = torch.empty(64, 64, device="meta")
+
+    class Call(torch.nn.Module):
+        def forward(self, query, weight):
+            return sla_compile.sparse_linear_attention(query, query, query, config=CASES[0].config, proj_weight=weight)
+
+    program = export(Call(), (query, weight)).run_decompositions(decompositions())
+    largest = max(
+        value.numel()
+        for graph in program.graph_module.modules()
+        if isinstance(graph, torch.fx.GraphModule)
+        for node in graph.graph.nodes
+        for value in [node.meta.get("val")]
+        if isinstance(value, torch.Tensor)
+    )
+    assert largest <= max(65 / 64 * query.numel(), (length / 64) ** 2 * 2)
+
+
+def test_network_and_what_else_the_table_takes():
+    model = network()
+    program = export(model, make_inputs(200), dynamic_shapes=NETWORK_SHAPES)
+    module = program.run_decompositions(decompositions()).module()
+    for length in (200, 64, 333):
+        torch.testing.assert_close(module(*make_inputs(length)), model(*make_inputs(length)))
+    assert ops(program.run_decompositions().graph_module) == 1  # the default table keeps the readable node
+
+
+def test_saved_program_loads_after_import_alone(tmp_path):
+    model = network()
+    program = export(model, make_inputs(200), dynamic_shapes=NETWORK_SHAPES)
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save([(make_inputs(n), model(*make_inputs(n)).detach()) for n in (200, 333)], tmp_path / "expected.pt")
+    done = run_python(
+        """
+        import sys, torch, sla_compile
+        module = torch.export.load(sys.argv[1] + "/program.pt2").module()
+        for inputs, expected in torch.load(sys.argv[1] + "/expected.pt"):
+            assert torch.equal(module(*inputs), expected)
+        try:
+            module(torch.zeros(1, 5000, 32), torch.zeros(1, 5000, 32))
+        except Exception as error:
+            print(error)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4096" in done.stdout, done.stdout  # outside of the exported range
+
+
+def test_without_the_import_the_error_names_the_operator(tmp_path):
+    torch.export.save(export(network(), make_inputs(200)), tmp_path / "program.pt2")
+    script = "import sys, torch; torch.export.load(sys.argv[1])"
+    done = run_python(script, tmp_path / "program.pt2")
+    assert done.returncode != 0
+    assert "sla_compile" in done.stderr
+    assert "sparse_linear_attention" in done.stderr
+
+
+def test_decomposed_program_needs_no_import(tmp_path):
+    model = network()
+    program = export(model, make_inputs(200), dynamic_shapes=NETWORK_SHAPES)
+    torch.export.save(program.run_decompositions(decompositions()), tmp_path / "program.pt2")
+    torch.save((make_inputs(333), model(*make_inputs(333)).detach()), tmp_path / "expected.pt")
+    script = """
+        import sys, torch
+        inputs, expected = torch.load(sys.argv[1] + "/expected.pt")
+        module = torch.export.load(sys.argv[1] + "/program.pt2").module()
+        torch.testing.assert_close(module(*inputs), expected)
+        assert "sla_compile" not in sys.modules
+    """
+    done = run_python(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torch_compile_keeps_the_kernels():
+    graphs = []
+
+    def keep(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    model = network()
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep)
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(*make_inputs(200))
+    assert sum(targets(graph).count(OP) for graph in graphs) == 1
