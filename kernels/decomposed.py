@@ -79,6 +79,8 @@ def forward(
     else:
         output, logsumexp = _sparse(queries, keys, values, bias, critical, spec)
     if linear != "none":
+        if proj_weight is None:
+            raise ValueError(f'linear="{linear}" needs proj_weight')
         # The ones give the denominator as one more column of the product.
         weighted = torch.cat([values, torch.ones_like(values[..., :1])], -1) * bias.exp()[..., None]
         sums = feature(keys, feature_map).transpose(-1, -2) @ weighted  # (B, H_kv, T_n, D, D + 1)
@@ -229,7 +231,7 @@ def _sparse(
     statistics = torch.full_like(flat[2][..., :1], -torch.inf)
     first = torch.zeros((), dtype=torch.int64, device=queries.device)
     carried = (first, torch.zeros_like(flat[2]), statistics, torch.zeros_like(statistics), count.flatten().amax(0))
-    _, output, largest, total, _ = while_loop_op(go_on, add_slot, carried, flat)
+    _, output, largest, total, _ = while_loop_op(go_on, add_slot, carried, flat)  # type: ignore[arg-type]
     output = output / torch.where(total > 0, total, 1)
     logsumexp = largest + torch.where(total > 0, total, 1).log()
     return output.view(queries.shape), logsumexp.view(queries.shape[:-1])

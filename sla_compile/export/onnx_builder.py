@@ -11,6 +11,21 @@ import onnx_ir as ir
 Size = int | ir.Value  # a value is int64 of shape (1,)
 
 
+def shape_of(value: ir.Value) -> ir.Shape:
+    """The shape, which the exporter knows for all that comes from the program."""
+    if value.shape is None:
+        raise ValueError(f"the exporter has no shape for {value.name}")
+    return value.shape
+
+
+def known_size(value: ir.Value, axis: int) -> int:
+    """The size of a dimension that must not be dynamic."""
+    size = shape_of(value)[axis]
+    if not isinstance(size, int):
+        raise ValueError(f"dimension {axis} of {value.name} is dynamic: only batch and length may be")
+    return size
+
+
 class Builder:
     """A list of nodes that grows with every call, in the default domain.
 
@@ -53,7 +68,7 @@ class Builder:
 
     def size(self, value: ir.Value, axis: int) -> Size:
         """The size of a dimension."""
-        size = value.shape[axis]
+        size = shape_of(value)[axis]
         return size if isinstance(size, int) else self("Shape", value, start=axis, end=axis + 1)
 
     def as_value(self, size: Size) -> ir.Value:

@@ -11,12 +11,13 @@ differs from step to step would say it better, but TensorRT-RTX fails on them.)
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnxscript import evaluator
 
-from sla_compile.export.onnx_builder import Builder, Size
+from sla_compile.export.onnx_builder import Builder, Size, known_size, shape_of
 from sla_compile.kernels.routing import pinned_first_last
 from sla_compile.kernels.spec import MIN_DENOMINATOR, Spec, critical_count, negligible_count, num_blocks
 
@@ -39,7 +40,8 @@ def translation(rows_per_step: int) -> Callable:
         critical_blocks, pinned_first, pinned_last, feature_map, linear, block_q, block_k, impl_version,
     ):  # fmt: skip
         spec = Spec(scale, feature_map, linear, block_q, block_k)
-        build = Builder(evaluator.default().nodes, f"sla_{query.name}")
+        recorder: Any = evaluator.default()  # the exporter's
+        build = Builder(recorder.nodes, f"sla_{query.name}")
         call = _Call(build, spec, query, key, value, rows_per_step)
         call.mask(key_padding_mask)
         routing = (sparsity, negligible, critical_blocks, (pinned_first, pinned_last))
@@ -53,21 +55,22 @@ class _Call:
 
     queries: (B H T_m, b_q, D), keys, values: (B H_kv T_n, b_k, D), padded with zeros, in `dtype`.
     bias: (B T_n or T_n, b_k), -inf for a key that takes no part, or None where all do.
+    mask_bias: the same if there is a mask, else None.
     """
 
     def __init__(
         self, build: Builder, spec: Spec, query: ir.Value, key: ir.Value, value: ir.Value, rows_per_step: int
     ) -> None:
         self.build, self.spec, self.rows_per_step = build, spec, rows_per_step
-        self.result_type = query.dtype
+        self.result_type = query.dtype or FLOAT
         self.dtype = DOUBLE if query.dtype == DOUBLE else FLOAT
         self.batch, self.length = build.size(query, 0), build.size(query, 2)
-        self.heads, self.kv_heads, self.dim = query.shape[1], key.shape[1], query.shape[3]
+        self.heads, self.kv_heads, self.dim = known_size(query, 1), known_size(key, 1), known_size(query, 3)
         self.rows = build.ceil_divide(self.length, spec.block_q)
         self.columns = build.ceil_divide(self.length, spec.block_k)
         self.queries = self._blocks(query, self.rows, spec.block_q)
         self.keys, self.values = (self._blocks(tokens, self.columns, spec.block_k) for tokens in (key, value))
-        self.has_mask = False
+        self.mask_bias: ir.Value | None = None
         self.bias: ir.Value | None = None
         if not (isinstance(self.length, int) and self.length % spec.block_k == 0):
             past = self._before(self.columns, spec.block_k, self.length)
@@ -91,7 +94,7 @@ class _Call:
         """Takes a key-padding mask into the bias, as masks.key_bias does."""
         if mask is None:
             return
-        build, rank = self.build, len(mask.shape)
+        build, rank = self.build, len(shape_of(mask))
         narrowed = list(range(1 if rank == 4 else 0, rank - 1))
         is_bool = mask.dtype == BOOL
         if narrowed:
@@ -108,8 +111,7 @@ class _Call:
         bias = build.reshape(bias, self.batch, self.length)
         if not (isinstance(padding, int) and padding == 0):
             bias = build("Pad", bias, build.shape(0, padding), self._number(-np.inf), [1])
-        self.bias = build.reshape(bias, -1, self.spec.block_k)
-        self.has_mask = True
+        self.bias = self.mask_bias = build.reshape(bias, -1, self.spec.block_k)
 
     def attention(
         self, block_map: ir.Value | None, routing: tuple, weight: ir.Value | None, offset: ir.Value | None
@@ -117,6 +119,7 @@ class _Call:
         """Output (B, H, L, D) and log-sum-exp (B, H, L), which has Loops of its own: nobody asks for it in inference,
         and then they are removed."""
         build, block = self.build, self.spec.block_q
+        selected: ir.Value | None
         if block_map is not None:
             slots, counts, selected = self.slots_of(build.cast(block_map, FLOAT), None)
             output, logsumexp = (self.sparse(self.queries, slots, counts, self.rows, kind) for kind in (False, True))
@@ -127,6 +130,7 @@ class _Call:
             output, logsumexp = (self.sparse(self.queries, slots, None, self.rows, kind) for kind in (False, True))
         if self.spec.linear != "none":
             mean = self.linear_all() if self.spec.linear == "all" else self.linear_marginal(selected)
+            assert weight is not None  # the operator was given one
             weight = build("Transpose", build.cast(weight, self.dtype), perm=[1, 0])
             output = build("Add", output, build("MatMul", mean, weight))
             if offset is not None:
@@ -143,11 +147,11 @@ class _Call:
         """Pooled scores (B, H, T_m, T_n), float32, -inf for a key block without a key that takes part."""
         build, block = self.build, self.spec.block_k
         keys = self.keys
-        if self.bias is None:
-            counts = build.constant(np.full((1, 1, self.columns, 1), block, np.float32))
+        if self.bias is None:  # the length is known, and full blocks
+            counts = build("Expand", self._number(block, FLOAT), build.shape(1, 1, self.columns, 1))
         else:
             valid = build("Greater", self.bias, self._number(-np.inf))
-            if self.has_mask:
+            if self.mask_bias is not None:
                 by_batch = build.reshape(keys, self.batch, self.kv_heads, self.columns, block, self.dim)
                 keep = build.reshape(valid, self.batch, 1, self.columns, block, 1)
                 keys = build.reshape(build("Where", keep, by_batch, self._number(0)), -1, block, self.dim)
@@ -168,7 +172,7 @@ class _Call:
         scores = build("MatMul", queries, build("Transpose", pooled, perm=[0, 1, 3, 2]))
         scores = build("Mul", scores, self._number(self.spec.scale, FLOAT))
         scores = build.reshape(scores, self.batch, self.heads, self.rows, self.columns)
-        if self.has_mask:
+        if self.mask_bias is not None:
             some = build("Greater", build("Transpose", counts, perm=[0, 1, 3, 2]), self._number(0, FLOAT))
             scores = build("Where", some, scores, self._number(-np.inf, FLOAT))
         return scores
@@ -178,9 +182,10 @@ class _Call:
         build = self.build
         sparsity, negligible, critical_blocks, _ = routing
         if isinstance(columns, int) and isinstance(blocks, int):
-            critical = min(critical_count(columns, sparsity, critical_blocks or None), blocks) if blocks else 0
-            return critical, negligible_count(blocks, critical, negligible)
+            known = min(critical_count(columns, sparsity, critical_blocks or None), blocks) if blocks else 0
+            return known, negligible_count(blocks, known, negligible)
         # The doubles that critical_count computes with, so that both round alike.
+        critical: Size
         if critical_blocks:
             critical = build.minimum(critical_blocks, blocks)
         else:
@@ -327,7 +332,7 @@ class _Call:
         inputs = [chunks(queries, spec.block_q, dim), chunks(absolute, width)]
         if self.bias is not None:
             place = slots
-            if self.has_mask:
+            if self.mask_bias is not None:
                 entry = build("Div", build.arange(total), build.as_value(build.multiply(rows, self.heads)))
                 entry = build("Mul", entry, build.as_value(self.columns))
                 place = build("Add", slots, build.reshape(entry, -1, 1))
@@ -355,7 +360,7 @@ class _Call:
             some = None
             if bias is not None:
                 bias = inside.reshape(bias, chunk, 1, -1)
-                if self.has_mask:
+                if self.mask_bias is not None:
                     largest = inside("ReduceMax", bias, [2], keepdims=1)
                     some = inside("Greater", largest, self.inside(inside, -np.inf))
                 scores = inside("Add", scores, inside("Max", bias, self.inside(inside, _LOWEST)))
@@ -411,8 +416,8 @@ class _Call:
         build, group = self.build, self.heads // self.kv_heads
         shape = (self.batch, self.kv_heads, self.columns, self.spec.block_k)
         bias = self.bias
-        if self.has_mask:
-            bias = build.reshape(bias, self.batch, 1, self.columns, self.spec.block_k)
+        if self.mask_bias is not None:
+            bias = build.reshape(self.mask_bias, self.batch, 1, self.columns, self.spec.block_k)
         values = self.weighted_values(build, build.reshape(self.values, *shape, self.dim), bias)
         tokens = build.multiply(self.columns, self.spec.block_k)
         values = build.reshape(values, self.batch, self.kv_heads, tokens, self.dim + 1)
@@ -423,11 +428,12 @@ class _Call:
         mean = self.quotient(build, build("MatMul", queries, sums))
         return build.reshape(mean, -1, self.spec.block_q, self.dim)
 
-    def linear_marginal(self, selected: ir.Value) -> ir.Value:
+    def linear_marginal(self, selected: ir.Value | None) -> ir.Value:
         """Linear attention over the marginal blocks, one head of keys at a time: (B H T_m, b_q, D)."""
         build, dim, block_q, block_k = self.build, self.dim, self.spec.block_q, self.spec.block_k
         heads = build.multiply(self.batch, self.kv_heads)
         rows = build.multiply(self.rows, self.heads // self.kv_heads)
+        assert selected is not None  # only linear="marginal" comes here
         if self.dtype != FLOAT:
             selected = build.cast(selected, self.dtype)
         inputs = [
@@ -436,8 +442,8 @@ class _Call:
             build.reshape(self.values, heads, self.columns, block_k, dim),
             build.reshape(selected, heads, rows, self.columns),
         ]
-        if self.has_mask:
-            bias = build.reshape(self.bias, self.batch, 1, self.columns, block_k)
+        if self.mask_bias is not None:
+            bias = build.reshape(self.mask_bias, self.batch, 1, self.columns, block_k)
             bias = build("Expand", bias, build.shape(self.batch, self.kv_heads, self.columns, block_k))
             inputs.append(build.reshape(bias, heads, self.columns, block_k))
 

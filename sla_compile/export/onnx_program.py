@@ -80,7 +80,7 @@ def onnx(
     if not bfloat16:
         _check_no_bfloat16(program)
     options = {"verbose": False, **options}
-    result = torch.onnx.export(
+    result: Any = torch.onnx.export(
         program, dynamo=True, opset_version=opset_version, custom_translation_table=translations, **options
     )
     if path is not None:
