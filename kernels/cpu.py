@@ -7,9 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
-from sla_compile.kernels.cpu_blocks import CriticalBlocks, blocks_of, row_groups, thread_workspace
+from sla_compile.kernels.cpu_blocks import CriticalBlocks, blocks_of, contiguous_blocks, row_groups, thread_workspace
 from sla_compile.kernels.cpu_linear import LinearHead
-from sla_compile.kernels.cpu_sparse import sparse_backward, sparse_forward
+from sla_compile.kernels.cpu_sparse import quotient, sparse_backward, sparse_forward
 from sla_compile.kernels.spec import Spec, num_blocks
 
 
@@ -24,6 +24,8 @@ def forward(
     proj_weight: Tensor | None = None,
     proj_bias: Tensor | None = None,
     key_bias: Tensor | None = None,
+    alpha: Tensor | None = None,
+    key_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``O_s + O_l W^T + b`` over a block map (SLA, arXiv 2509.24006, equations 4 to 6); see NOTE [Operands].
 
@@ -31,6 +33,9 @@ def forward(
         query: (B, H, L, D); key, value: (B, H_kv, L, D), any strides; block_map: int8 (B, H, T_m, T_n).
         proj_weight: (D, D), proj_bias: (D): of the linear branch; None with ``spec.linear == "none"``.
         key_bias: (B, L), at most 0, added to a key's scores; its exponential weighs the key in the linear branch.
+        alpha: (B, H, T_m), 1 where a row has no marginal block: then it is ``alpha O_s + (1 - alpha) O_l``, without a
+            projection (SLA2, arXiv 2602.12675).
+        key_mean: (B, H_kv, D), subtracted from the keys before the feature map.
 
     Returns:
         output (B, H, L, D) in the query's dtype, a transposed (B, L, H, D), and the log-sum-exp of the sparse branch
@@ -40,27 +45,29 @@ def forward(
     dtype, operand = _dtypes(query)
     output = query.new_empty(batch, length, heads, dim).transpose(1, 2)
     logsumexp = query.new_empty(batch, heads, length, dtype=dtype)
-    weight, offset = _projection(proj_weight, proj_bias, spec, dtype)
+    weight, offset = _projection(proj_weight, proj_bias, alpha, spec, dtype)
     group = heads // key.shape[1]
     with thread_workspace(dtype) as workspace:
         for entry in range(batch):
             bias, key_weight = _key_bias(key_bias, entry, length, spec.block_k, dtype)
             for kv_head in range(key.shape[1]):
-                keys = blocks_of(key[entry, kv_head], spec.block_k, operand, contiguous=True)
-                values = blocks_of(value[entry, kv_head], spec.block_k, operand, contiguous=True)
+                keys = contiguous_blocks(key[entry, kv_head], spec.block_k, operand, workspace, "keys")
+                values = contiguous_blocks(value[entry, kv_head], spec.block_k, operand, workspace, "values")
                 linear = None
-                if weight is not None:
-                    linear = LinearHead(keys, values, key_weight, length, weight, spec, workspace)
+                if spec.linear != "none":
+                    mean = None if key_mean is None else key_mean[entry, kv_head]
+                    linear = LinearHead(keys, values, key_weight, length, weight, mean, spec, workspace, kept=False)
                 for head in range(kv_head * group, (kv_head + 1) * group):
-                    queries = blocks_of(query[entry, head], spec.block_q, operand)
+                    queries = blocks_of(query[entry, head], spec.block_q, operand, workspace, "queries")
                     critical = CriticalBlocks(block_map[entry, head] == 1)
                     target, statistics = _targets(output[entry, head], logsumexp[entry, head], spec.block_q)
                     if linear is not None:
                         linear.start(block_map[entry, head] == 0)
                     for rows in row_groups(queries.shape[0]):
-                        added = None if linear is None else linear.forward(queries[rows], rows, offset)
+                        share, rest = _shares(alpha, entry, head, rows)
+                        added = None if linear is None else linear.forward(queries[rows], rows, offset, rest)
                         sparse_forward(
-                            queries[rows], keys, values, bias, critical, rows, spec.scale, added,
+                            queries[rows], keys, values, bias, critical, rows, spec.scale, share, added,
                             target[rows], statistics[rows], workspace,
                         )  # fmt: skip
                     _store(output[entry, head], target)
@@ -82,34 +89,40 @@ def backward(
     proj_weight: Tensor | None = None,
     proj_bias: Tensor | None = None,
     key_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value, proj_weight and proj_bias (algorithm 2 of SLA, with its ``dV_j =`` as ``+=``).
+    alpha: Tensor | None = None,
+    key_mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, proj_weight, proj_bias and alpha (algorithm 2 of SLA, its ``dV_j =`` as ``+=``).
 
     Arguments as of :func:`forward`, with its two results, of which `output` is not needed here; `grad_output`
-    (B, H, L, D) has any strides.
+    (B, H, L, D) has any strides. The key's gradient is that for a constant `key_mean`.
     """
     batch, heads, length, dim = query.shape
     dtype, operand = _dtypes(query)
     grads = tuple(t.new_empty(batch, length, t.shape[1], dim).transpose(1, 2) for t in (query, key, value))
-    weight, offset = _projection(proj_weight, proj_bias, spec, dtype)
+    weight, offset = _projection(proj_weight, proj_bias, alpha, spec, dtype)
     grad_weight = None if weight is None else torch.zeros_like(weight)
     grad_offset = None if offset is None else torch.zeros_like(offset)
+    grad_alpha = None if alpha is None else torch.zeros(alpha.shape, dtype=dtype)
     group = heads // key.shape[1]
     with thread_workspace(dtype) as workspace:
         for entry in range(batch):
             bias, key_weight = _key_bias(key_bias, entry, length, spec.block_k, dtype)
             for kv_head in range(key.shape[1]):
-                keys = blocks_of(key[entry, kv_head], spec.block_k, operand, contiguous=True)
-                values = blocks_of(value[entry, kv_head], spec.block_k, operand, contiguous=True)
+                keys = contiguous_blocks(key[entry, kv_head], spec.block_k, operand, workspace, "keys")
+                values = contiguous_blocks(value[entry, kv_head], spec.block_k, operand, workspace, "values")
                 grad_keys = workspace("grad_keys", *keys.shape).zero_()
                 grad_values = workspace("grad_values", *keys.shape).zero_()
                 linear = None
-                if weight is not None:
-                    linear = LinearHead(keys, values, key_weight, length, weight, spec, workspace)
+                if spec.linear != "none":
+                    mean = None if key_mean is None else key_mean[entry, kv_head]
+                    linear = LinearHead(keys, values, key_weight, length, weight, mean, spec, workspace, kept=True)
                 for head in range(kv_head * group, (kv_head + 1) * group):
-                    queries = blocks_of(query[entry, head], spec.block_q, operand)
-                    grad = blocks_of(grad_output[entry, head], spec.block_q, operand)
-                    statistics = blocks_of(logsumexp[entry, head, :, None], spec.block_q, dtype)
+                    queries = blocks_of(query[entry, head], spec.block_q, operand, workspace, "queries")
+                    grad = blocks_of(grad_output[entry, head], spec.block_q, operand, workspace, "grads")
+                    statistics = blocks_of(
+                        logsumexp[entry, head, :, None], spec.block_q, dtype, workspace, "statistics"
+                    )
                     critical = CriticalBlocks(block_map[entry, head] == 1)
                     target = _target(grads[0][entry, head], spec.block_q)
                     if linear is not None:
@@ -117,19 +130,25 @@ def backward(
                         linear.start_backward()
                     for rows in row_groups(queries.shape[0]):
                         part = grad[rows]
+                        share, rest = _shares(alpha, entry, head, rows)
                         if linear is None:
                             grad_queries = workspace("query_grads", *part.shape).zero_()
                         else:
-                            grad_queries = linear.query_backward(part, queries[rows], rows)
+                            grad_linear = part if rest is None else (rest * part).to(operand)
+                            grad_queries, delta = linear.query_backward(grad_linear, queries[rows], rows)
+                            if grad_alpha is not None and rest is not None:
+                                grad_alpha[entry, head, rows] -= quotient(delta.sum((1, 2)), rest.view(-1))
                         if grad_offset is not None:
                             grad_offset += part.sum((0, 1), dtype=dtype)
-                        sparse_backward(
+                        of_share = sparse_backward(
                             part, queries[rows], keys, values, bias, critical, rows, spec.scale, statistics[rows],
-                            grad_queries, grad_keys, grad_values, workspace,
+                            share, grad_queries, grad_keys, grad_values, workspace,
                         )  # fmt: skip
+                        if grad_alpha is not None:
+                            grad_alpha[entry, head, rows] += of_share
                         target[rows] = grad_queries
                     _store(grads[0][entry, head], target)
-                    if linear is not None and grad_weight is not None:
+                    if linear is not None:
                         linear.key_backward(grad_keys, grad_values, grad_weight)
                 _store(grads[1][entry, kv_head], grad_keys)
                 _store(grads[2][entry, kv_head], grad_values)
@@ -137,7 +156,15 @@ def backward(
         None if grad is None or parameter is None else grad.to(parameter.dtype)
         for grad, parameter in ((grad_weight, proj_weight), (grad_offset, proj_bias))
     )
-    return *grads, *of_parameters  # type: ignore[return-value]
+    return *grads, *of_parameters, grad_alpha  # type: ignore[return-value]
+
+
+def _shares(alpha: Tensor | None, entry: int, head: int, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+    """alpha and 1 - alpha of some query blocks, (rows, 1, 1)."""
+    if alpha is None:
+        return None, None
+    share = alpha[entry, head, rows, None, None]
+    return share, 1 - share
 
 
 def _dtypes(query: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -154,13 +181,13 @@ def _has_bfloat16_tiles() -> bool:
 
 
 def _projection(
-    weight: Tensor | None, bias: Tensor | None, spec: Spec, dtype: torch.dtype
+    weight: Tensor | None, bias: Tensor | None, alpha: Tensor | None, spec: Spec, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The linear branch's parameters in `dtype`, None where there is no such branch."""
-    if spec.linear == "none":
+    """The linear branch's parameters in `dtype`, None where there is no such branch or no projection."""
+    if spec.linear == "none" or alpha is not None:
         return None, None
     if weight is None:
-        raise ValueError(f'linear="{spec.linear}" needs proj_weight')
+        raise ValueError(f'linear="{spec.linear}" needs proj_weight or alpha')
     return weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
 
 

@@ -16,14 +16,14 @@ from sla_compile.kernels.spec import num_blocks
 # Elements of the gathered keys, and then values, of a chunk of query blocks. With the scores they stay in a core's L2
 # cache of 1 to 2 MB, and the few microseconds that a call of torch costs are small beside its arithmetic. Query blocks
 # go through both branches in groups of GROUP_ROWS, so that what one branch adds to the other is still in the cache.
-CHUNK_ELEMENTS = 3 * 2**16
+CHUNK_ELEMENTS = 6 * 2**16
 CHUNK_TOKENS = 512
-GROUP_ROWS = 32
+GROUP_ROWS = 8
 
 # NOTE [Kept buffers]
 # Memory fresh from the operating system costs a page fault per 4 KB, 5 % of a call at 8192 tokens: a thread keeps this
 # much of its buffers from call to call.
-KEPT_BYTES = 2**25
+KEPT_BYTES = 2**26
 
 _THREAD = threading.local()
 
@@ -69,18 +69,27 @@ def thread_workspace(dtype: torch.dtype) -> Iterator[Workspace]:
         spaces[dtype] = workspace
 
 
-def blocks_of(tokens: Tensor, block: int, dtype: torch.dtype, *, contiguous: bool = False) -> Tensor:
-    """(L, D) of any strides as (T, block, D) in `dtype`: a view where the kernels can read it as it is, else a copy
-    with the ragged tail filled with zeros."""
+def blocks_of(tokens: Tensor, block: int, dtype: torch.dtype, workspace: Workspace, name: str) -> Tensor:
+    """(L, D) of any strides as (T, block, D) in `dtype`: a view where the kernels can read it as it is, else a copy in
+    the buffer of that name with the ragged tail filled with zeros."""
     length, dim = tokens.shape
     blocks = num_blocks(length, block)
-    readable = tokens.is_contiguous() if contiguous else tokens.stride(1) == 1 and tokens.stride(0) >= dim
-    if readable and length == blocks * block and tokens.dtype == dtype:
+    if tokens.stride(1) == 1 and tokens.stride(0) >= dim and length == blocks * block and tokens.dtype == dtype:
         return tokens.unflatten(0, (blocks, block))
-    padded = torch.empty(blocks * block, dim, dtype=dtype)
-    padded[:length] = tokens
-    padded[length:] = 0
-    return padded.view(blocks, block, dim)
+    return contiguous_blocks(tokens, block, dtype, workspace, name)
+
+
+def contiguous_blocks(tokens: Tensor, block: int, dtype: torch.dtype, workspace: Workspace, name: str) -> Tensor:
+    """As :func:`blocks_of`, for what is gathered from: contiguous."""
+    length, dim = tokens.shape
+    blocks = num_blocks(length, block)
+    if tokens.is_contiguous() and length == blocks * block and tokens.dtype == dtype:
+        return tokens.view(blocks, block, dim)
+    padded = workspace(name, blocks, block, dim, dtype=dtype)
+    flat = padded.flatten(0, 1)
+    flat[:length] = tokens
+    flat[length:] = 0
+    return padded
 
 
 def row_groups(rows: int) -> Iterator[slice]:

@@ -111,7 +111,9 @@ class LinearHead:
         keys, values: (T_n, b_k, D), zero past the end.
         weight: (T_n, b_k, 1), the weight of each key, or None.
         length: true number of tokens.
-        proj_weight: (D, D).
+        proj_weight: (D, D), or None for V' = V.
+        key_mean: (D,), subtracted from the keys before phi, or None.
+        kept: whether phi(K) and V' are kept for the backward, which needs them again.
     """
 
     def __init__(
@@ -120,23 +122,32 @@ class LinearHead:
         values: Tensor,
         weight: Tensor | None,
         length: int,
-        proj_weight: Tensor,
+        proj_weight: Tensor | None,
+        key_mean: Tensor | None,
         spec: Spec,
         workspace: Workspace,
+        *,
+        kept: bool,
     ) -> None:
         self.keys, self.values, self.weight, self.length = keys, values, weight, length
-        self.spec, self.workspace, self.operand = spec, workspace, keys.dtype
-        self.proj_weight = proj_weight.to(self.operand)
+        self.spec, self.workspace, self.operand, self.key_mean = spec, workspace, keys.dtype, key_mean
+        self.proj_weight = None if proj_weight is None else proj_weight.to(self.operand)
         count, block, dim = keys.shape
         self.everything = spec.linear == "all"
         self.key_step = max(1, CHUNK_TOKENS // block)
         self.block_kv = self._block_buffer("block_kv", count)
         self.block_k = workspace("block_k", count, dim)
+        self.kept: tuple[Tensor, Tensor] | None = None
+        if kept:
+            self.kept = (
+                workspace("kept_features", *keys.shape),
+                values if proj_weight is None else workspace("kept_projected", *values.shape, dtype=self.operand),
+            )
         for start in range(0, count, self.key_step):
             stop = min(start + self.key_step, count)
-            features, _ = self._features(start, stop)
+            features = self._weighted(self._features(start, stop), start, stop)
             torch.sum(features, 1, out=self.block_k[start:stop])
-            features = workspace.copy(features, "features", self.operand)
+            features = workspace.copy(features, "operand", self.operand)
             projected = self._projected(start, stop)
             if self.everything:
                 _accumulate(self.block_kv[0], features.flatten(0, 1).t(), projected.flatten(0, 1))
@@ -153,20 +164,31 @@ class LinearHead:
             return self.workspace(name, 1, dim, dim).zero_()
         return self.workspace(name, count + 1, dim, dim, dtype=self.operand)
 
-    def _features(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """phi(K) times the weight of each key, and without it, not yet as operands."""
+    def _features(self, start: int, stop: int) -> Tensor:
+        """phi(K), not yet an operand."""
         keys = self.keys[start:stop]
-        features = feature(keys, self.spec.feature_map, self.workspace("features", *keys.shape))
+        features = self.workspace("features", *keys.shape) if self.kept is None else self.kept[0][start:stop]
+        if self.key_mean is not None:
+            keys = torch.sub(keys, self.key_mean, out=features)
+        feature(keys, self.spec.feature_map, features)
         if stop == self.keys.shape[0]:  # keys past the end weigh nothing, and phi of zeros is not zero
             features.flatten(0, 1)[self.length - start * keys.shape[1] :] = 0
+        return features
+
+    def _weighted(self, features: Tensor, start: int, stop: int) -> Tensor:
+        """phi(K) times the weight of each key."""
         if self.weight is None:
-            return features, features
-        weighted = torch.mul(features, self.weight[start:stop], out=self.workspace("weighted", *keys.shape))
-        return weighted, features
+            return features
+        return torch.mul(features, self.weight[start:stop], out=self.workspace("weighted", *features.shape))
 
     def _projected(self, start: int, stop: int) -> Tensor:
+        """V'."""
         values = self.values[start:stop]
+        if self.proj_weight is None:
+            return values
         projected = self.workspace("projected", *values.shape, dtype=self.operand)
+        if self.kept is not None:
+            projected = self.kept[1][start:stop]
         torch.mm(values.flatten(0, 1), self.proj_weight.t(), out=projected.flatten(0, 1))
         return projected
 
@@ -189,12 +211,20 @@ class LinearHead:
     def _query_features(self, queries: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """phi(Q), and 1 / (phi(Q) Z + epsilon), zero where the branch is undefined."""
         features = feature(queries, self.spec.feature_map, self.workspace("query_features", *queries.shape))
-        denominator = torch.bmm(features, self.row_k[rows]).add_(self.spec.epsilon)
+        denominator = self._denominator(features, rows)
         return features, torch.where(denominator > MIN_DENOMINATOR, 1 / denominator, 0)
 
-    def forward(self, queries: Tensor, rows: slice, proj_bias: Tensor | None) -> Tensor:
-        """O_l W^T + b of the query blocks `rows`, whose queries (rows, b_q, D) these are."""
+    def _denominator(self, features: Tensor, rows: slice) -> Tensor:
+        """phi(Q) Z + epsilon: (rows, b_q, 1)."""
+        # One product of all rows with all Z, of which the diagonal is kept, is quicker than one with a vector a row.
+        products = torch.mm(features.flatten(0, 1), self.row_k[rows, :, 0].t()).unflatten(0, features.shape[:2])
+        return products.diagonal(dim1=0, dim2=2).t()[..., None] + self.spec.epsilon
+
+    def forward(self, queries: Tensor, rows: slice, proj_bias: Tensor | None, share: Tensor | None) -> Tensor:
+        """O_l W^T + b, or `share` (rows, 1, 1) of O_l, of the query blocks `rows` with these queries (rows, b_q, D)."""
         features, inverse = self._query_features(queries, rows)
+        if share is not None:
+            inverse *= share
         features = self.workspace.copy(features.mul_(inverse), "query_features", self.operand)
         output = self.workspace("linear", *queries.shape, dtype=self.operand)
         torch.bmm(features, self._sums(rows), out=output)
@@ -206,11 +236,11 @@ class LinearHead:
         self.grad_row_kv = self._block_buffer("grad_row_kv", rows)
         self.grad_row_k = self.workspace("grad_row_k", rows, dim)
 
-    def query_backward(self, grads: Tensor, queries: Tensor, rows: slice) -> Tensor:
-        """Gradient of some query blocks' queries (rows, b_q, D).
+    def query_backward(self, grads: Tensor, queries: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Gradient of some query blocks' queries (rows, b_q, D), and rowsum(dO_l * O_l) (rows, b_q, 1).
 
         Args:
-            grads: dO of those rows.
+            grads: dO_l of those rows.
         """
         features, inverse = self._query_features(queries, rows)
         product = self.workspace("query_grads", *queries.shape, dtype=self.operand)
@@ -230,10 +260,12 @@ class LinearHead:
         else:
             torch.bmm(features.transpose(1, 2), grads, out=self.grad_row_kv[rows])
             _add_total(self.grad_row_kv, rows.start, rows.stop)
-        return result
+        return result, delta
 
-    def key_backward(self, grad_keys: Tensor, grad_values: Tensor, grad_proj_weight: Tensor) -> None:
+    def key_backward(self, grad_keys: Tensor, grad_values: Tensor, grad_proj_weight: Tensor | None) -> None:
         """Adds what the query head gives to the gradients of keys and values (T_n, b_k, D) and of the projection."""
+        if self.kept is None:
+            raise RuntimeError("a backward needs kept=True")
         count = self.keys.shape[0]
         columns = self.marginal.t()
         if self.everything:
@@ -244,12 +276,21 @@ class LinearHead:
             grad_block_kv = BlockSums(columns, self.grad_row_kv.flatten(1), "row_kv", self.workspace)
         for start in range(0, count, self.key_step):
             stop = min(start + self.key_step, count)
-            weighted, features = self._features(start, stop)
-            projected, values = self._projected(start, stop), self.values[start:stop]
+            features, projected = (kept[start:stop] for kept in self.kept)
             if self.everything:
                 grad_kv = self.grad_row_kv.expand(stop - start, -1, -1)
             else:
                 grad_kv = grad_block_kv(start, stop).unflatten(1, self.grad_row_kv.shape[1:])
+
+            operand = self.workspace.copy(self._weighted(features, start, stop), "operand", self.operand)
+            tokens = self.workspace("projected", *features.shape, dtype=self.operand)
+            tokens = torch.bmm(operand, grad_kv, out=tokens).flatten(0, 1)
+            into = grad_values[start:stop].flatten(0, 1)
+            if self.proj_weight is None or grad_proj_weight is None:
+                into += tokens
+            else:
+                _accumulate(into, tokens, self.proj_weight)
+                _accumulate(grad_proj_weight, tokens.t(), self.values[start:stop].flatten(0, 1))
 
             product = self.workspace("query_grads", *features.shape, dtype=self.operand)
             torch.bmm(projected, grad_kv.transpose(1, 2), out=product)
@@ -257,12 +298,7 @@ class LinearHead:
             grad_features -= grad_block_k[start:stop, None]
             if self.weight is not None:
                 grad_features *= self.weight[start:stop]
-            # The projected values have served: their buffer takes the gradient.
-            operand = self.workspace.copy(weighted, "features", self.operand)
-            tokens = torch.bmm(operand, grad_kv, out=projected).flatten(0, 1)
             if self.spec.feature_map == "softmax":
                 products = torch.mul(grad_features, features, out=self.workspace("products", *features.shape))
                 grad_features -= products.sum(-1, keepdim=True)
             grad_keys[start:stop] += feature_backward(grad_features, features, self.spec.feature_map)
-            _accumulate(grad_values[start:stop].flatten(0, 1), tokens, self.proj_weight)
-            _accumulate(grad_proj_weight, tokens.t(), values.flatten(0, 1))

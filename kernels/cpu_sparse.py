@@ -21,30 +21,39 @@ def sparse_forward(
     critical: CriticalBlocks,
     rows: slice,
     scale: float,
+    alpha: Tensor | None,
     linear: Tensor | None,
     output: Tensor,
     logsumexp: Tensor,
     workspace: Workspace,
 ) -> None:
-    """``output = softmax(s Q K^T + bias) V + linear`` over the critical blocks of some query blocks (SLA, equation 4).
+    """``output = alpha softmax(s Q K^T + bias) V + linear`` over the critical blocks of some query blocks.
+
+    Equation 4 of SLA, arXiv 2509.24006; with alpha SLA2, arXiv 2602.12675.
 
     Args:
         queries: (rows, b_q, D); keys, values: (T_n, b_k, D), contiguous; bias: (T_n, b_k).
         critical, rows: which key blocks, and which of the head's query blocks these are.
-        linear: (rows, b_q, D), contiguous, what the other branch adds, or None.
+        alpha: (rows, 1, 1), the share of this branch, or None for 1.
+        linear: (rows, b_q, D), contiguous, what the other branch adds, or None; overwritten.
         output: (rows, b_q, D), any strides; logsumexp: (rows, b_q, 1): written.
     """
     attend = _attend_fused if keys.dtype == torch.bfloat16 else _attend
+    result = workspace("result", *queries.shape) if linear is None else linear.to(workspace.dtype)
+    if linear is None:
+        result.zero_()
     for part, columns in critical.chunks(rows, keys[0].numel()):
         if not columns.shape[1]:
-            output[part] = 0 if linear is None else linear[part].to(output.dtype)
             logsumexp[part] = -torch.inf
             continue
         mask = None if bias is None else bias[columns].flatten(1).unsqueeze(1)
-        result, logsumexp[part] = attend(queries[part], keys, values, mask, columns, scale, workspace)
-        if linear is not None:
-            result += linear[part]
-        output[part] = result.to(output.dtype)
+        # A slice of rows is added to in place, listed rows in a copy.
+        added = result[part]
+        share = None if alpha is None else alpha[part]
+        logsumexp[part] = attend(queries[part], keys, values, mask, columns, scale, share, added, workspace)
+        if isinstance(part, Tensor):
+            result[part] = added
+    output.copy_(result)
 
 
 def _attend(
@@ -54,9 +63,12 @@ def _attend(
     mask: Tensor | None,
     columns: Tensor,
     scale: float,
+    alpha: Tensor | None,
+    added: Tensor,
     workspace: Workspace,
-) -> tuple[Tensor, Tensor]:
-    """O_s (n, b_q, D) and log-sum-exp (n, b_q, 1) of a chunk, with `mask` (n, 1, span) added to the scores."""
+) -> Tensor:
+    """Adds alpha O_s of a chunk to `added` (n, b_q, D), with `mask` (n, 1, span) on the scores; returns its log-sum-exp
+    (n, b_q, 1)."""
     (number, block_q, dim), span = query.shape, columns.shape[1] * keys.shape[1]
     # Keys and values share one buffer: the keys are done with when the values come, and the cache holds both.
     buffer = workspace("gathered", number, span, dim)
@@ -66,14 +78,17 @@ def _attend(
     if mask is not None:
         scores += mask
     maximum = scores.amax(-1, keepdim=True)
-    if mask is not None:  # all keys of a row masked: its weights become exp(-inf) = 0, not NaN
-        maximum.clamp_(min=torch.finfo(maximum.dtype).min)
-    total = scores.sub_(maximum).exp_().sum(-1, keepdim=True)
-    logsumexp = total.log().add_(maximum)
-    if mask is not None:
-        total.clamp_(min=torch.finfo(total.dtype).tiny)
-    product = torch.bmm(scores, gather(values, columns, buffer), out=workspace("product", number, block_q, dim))
-    return product.div_(total), logsumexp
+    weights = torch.softmax(scores, -1, out=scores)
+    # The largest weight is exp(maximum - logsumexp).
+    logsumexp = maximum.sub_(weights.amax(-1, keepdim=True).log_())
+    if mask is not None:  # all keys of a row masked: its weights are 0, not NaN
+        empty = logsumexp.isnan()
+        weights.masked_fill_(empty, 0)
+        logsumexp.masked_fill_(empty, -torch.inf)
+    if alpha is not None:
+        weights *= alpha
+    added.baddbmm_(weights, gather(values, columns, buffer))
+    return logsumexp
 
 
 def _attend_fused(
@@ -83,8 +98,10 @@ def _attend_fused(
     mask: Tensor | None,
     columns: Tensor,
     scale: float,
+    alpha: Tensor | None,
+    added: Tensor,
     workspace: Workspace,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """As `_attend`, by torch's own attention over the gathered blocks, whose bfloat16 scores never leave float32."""
     (number, _, dim), span = query.shape, columns.shape[1] * keys.shape[1]
     key = gather(keys, columns, workspace("gathered", number, span, dim, dtype=keys.dtype))
@@ -92,10 +109,12 @@ def _attend_fused(
     result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query[:, None], key[:, None], value[:, None], scale=scale, attn_mask=None if mask is None else mask[:, None]
     )
+    result = result[:, 0]
+    added += result if alpha is None else alpha * result
     logsumexp = logsumexp.view(number, -1, 1)
     if mask is not None:  # it says 0 where all keys of a row are masked
         logsumexp = logsumexp.masked_fill(mask.amax(-1, keepdim=True) == -torch.inf, -torch.inf)
-    return result[:, 0], logsumexp
+    return logsumexp
 
 
 def sparse_backward(
@@ -108,26 +127,32 @@ def sparse_backward(
     rows: slice,
     scale: float,
     logsumexp: Tensor,
+    alpha: Tensor | None,
     grad_queries: Tensor,
     grad_keys: Tensor,
     grad_values: Tensor,
     workspace: Workspace,
-) -> None:
+) -> Tensor | None:
     """Adds the sparse branch's gradients of some query blocks (algorithm 2 of SLA) to the three last tensors.
+
+    Returns, where there is an alpha, its gradient (rows,) through this branch.
 
     Args:
         critical, rows: as in the forward.
-        grads: dO, (rows, b_q, D); logsumexp: (rows, b_q, 1).
+        grads: dO, (rows, b_q, D); logsumexp: (rows, b_q, 1); alpha: (rows, 1, 1) or None.
         grad_queries: (rows, b_q, D); grad_keys, grad_values: (T_n, b_k, D), contiguous: added to.
     """
     _, block_q, dim = queries.shape
     operand, exact = keys.dtype, grad_keys.dtype
+    grad_alpha = None if alpha is None else alpha.new_zeros(alpha.shape[0])
     shift = logsumexp.where(logsumexp > -torch.inf, torch.inf).neg_()  # exp(s - inf) = 0: an empty row has no weights
     for part, columns in critical.chunks(rows, keys[0].numel()):
         if not columns.shape[1]:
             continue
         number, span = columns.shape[0], columns.shape[1] * keys.shape[1]
         query, grad, listed = queries[part], grads[part], columns.reshape(-1)
+        if alpha is not None:  # dO_s
+            grad = (alpha[part] * grad).to(operand)
         gathered = workspace("gathered", number, span, dim, dtype=operand)
         value = gather(values, columns, gathered)
         product = workspace("scores", number, block_q, span, dtype=operand)
@@ -142,11 +167,21 @@ def sparse_backward(
         weights.exp_()
         # delta = rowsum(dO * O_s) = rowsum(P * dP): from the output it would carry the rounding of O_s + O_l W^T + b.
         grad_scores.mul_(weights)
-        grad_scores.addcmul_(weights, grad_scores.sum(-1, keepdim=True), value=-1)
+        delta = grad_scores.sum(-1, keepdim=True)
+        grad_scores.addcmul_(weights, delta, value=-1)
+        if grad_alpha is not None:
+            grad_alpha[part] = delta.sum((1, 2))
 
         grad_scores = workspace.copy(grad_scores, "operand", operand)
-        product = workspace("product", number, block_q, dim, dtype=operand)
-        grad_queries[part] += torch.bmm(grad_scores, key, out=product).mul_(scale)
+        into = grad_queries[part]
+        if operand == exact:
+            into.baddbmm_(grad_scores, key, alpha=scale)
+        else:
+            into += torch.bmm(grad_scores, key, out=workspace("product", number, block_q, dim, dtype=operand)).mul_(
+                scale
+            )
+        if isinstance(part, Tensor):
+            grad_queries[part] = into
         # The gathered keys have served: their buffer takes what is scattered.
         scattered = gathered.view(listed.numel(), -1)
         torch.baddbmm(gathered, grad_scores.transpose(1, 2), query, beta=0, alpha=scale, out=gathered)
@@ -154,6 +189,12 @@ def sparse_backward(
         weights = workspace.copy(weights, "operand", operand)
         torch.bmm(weights.transpose(1, 2), grad, out=gathered)
         grad_values.flatten(1).index_add_(0, listed, workspace.copy(scattered, "scattered", exact))
+    return None if grad_alpha is None or alpha is None else quotient(grad_alpha, alpha.view(-1))
+
+
+def quotient(products: Tensor, factor: Tensor) -> Tensor:
+    """sum(dO * O) of a branch from the sum for its share of dO; 0 where that share, a saturated sigmoid, is 0."""
+    return torch.where(factor > 0, products / factor, 0)
 
 
 def _scores(query: Tensor, key: Tensor, workspace: Workspace) -> Tensor:

@@ -103,7 +103,7 @@ def sparse_linear_attention_backward_op(
         proj_bias=proj_bias,
         key_bias=bias,
     )
-    grad_query, grad_key, grad_value, *of_parameters = grads
+    grad_query, grad_key, grad_value, *of_parameters = grads[:5]
     grad_weight, grad_bias = (query.new_empty(0) if grad is None else grad for grad in of_parameters)
     return grad_query, grad_key, grad_value, grad_weight, grad_bias
 

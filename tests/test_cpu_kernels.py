@@ -67,7 +67,8 @@ def run(inputs: list[Tensor | None], grad: Tensor, classes: Tensor, spec: Spec, 
     options = dict(proj_weight=inputs[3], proj_bias=inputs[4], key_bias=bias)
     output, logsumexp = cpu.forward(*inputs[:3], classes, spec, **options)
     grads = cpu.backward(grad, *inputs[:3], output, logsumexp, classes, spec, **options)
-    return [output, logsumexp, *grads]
+    assert grads[5] is None  # no alpha
+    return [output, logsumexp, *grads[:5]]
 
 
 def terms(inputs: list[Tensor | None], grad: Tensor, spec: Spec) -> float:

@@ -35,7 +35,7 @@ def test_authors_numbers(name: str, branch: str) -> None:
     options = dict(proj_weight=case["w"], proj_bias=case["b"])
     output, logsumexp = cpu.forward(query, key, value, case["sparse_map"], spec, **options)
     grads = cpu.backward(case["do"], query, key, value, output, logsumexp, case["sparse_map"], spec, **options)
-    for result, actual in zip(RESULTS, (output, *grads), strict=True):
+    for result, actual in zip(RESULTS, (output, *grads[:5]), strict=True):
         theirs = case[f"{branch}.{result}"].double()
         assert (actual.double() - theirs).norm() <= TOLERANCE[name] * theirs.norm(), result
 
