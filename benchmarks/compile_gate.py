@@ -51,11 +51,13 @@ class Case:
     linear: str = "marginal"
     feature_map: str = "softmax"
     key_bias: bool = False
+    alpha: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.arch}-{self.dtype}-D{self.dim}-q{self.block_q}"]
         parts += [self.linear] if self.linear != "marginal" else []
         parts += [self.feature_map] if self.feature_map != "softmax" else []
+        parts += ["sla2"] if self.alpha else []
         return "-".join([*parts, "masked"] if self.key_bias else parts)
 
 
@@ -85,6 +87,9 @@ def shipped_cases(architectures: list[int | str]) -> list[Case]:
             Case(arch, "bf16", 128, linear="none"),
             Case(arch, "bf16", 128, feature_map="relu", key_bias=True),
         ]
+        found += [Case(arch, "bf16", dim, alpha=True) for dim in (64, 72, 128, 256)]
+        found += [Case(arch, "bf16", dim, block_q=128, alpha=True) for dim in (64, 128)]
+        found += [Case(arch, "fp32", 64, alpha=True), Case(arch, "bf16", 128, linear="all", key_bias=True, alpha=True)]
     return found
 
 
@@ -101,12 +106,18 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         batch, heads, num_blocks(length, case.block_q), num_blocks(length, 64), dtype=torch.int8, device="meta"
     )
     weight, bias = torch.empty(case.dim, case.dim, device="meta"), torch.empty(case.dim, device="meta")
-    if case.linear == "none":
+    alpha = mean = None
+    if case.linear == "none" or case.alpha:
         weight = bias = None
+    if case.alpha:
+        alpha = torch.empty(1, heads, 1, device="meta").expand(batch, heads, block_map.shape[2])
+        mean = torch.empty(batch, heads, case.dim, device="meta")
     options = dict(
         proj_weight=weight,
         proj_bias=bias,
         key_bias=torch.empty(batch, length, device="meta") if case.key_bias else None,
+        alpha=alpha,
+        key_mean=mean,
     )
     spec = Spec(case.dim**-0.5, case.feature_map, case.linear, case.block_q, 64)
     found: list[tuple[Any, dict[str, Any]]] = []

@@ -79,6 +79,7 @@ def forward_kernel(
     value_ptr,
     key_bias_ptr,
     proj_bias_ptr,
+    alpha_ptr,
     sums_ptr,
     entries_ptr,
     counts_ptr,
@@ -103,6 +104,9 @@ def forward_kernel(
     stride_bias_batch,
     stride_bias_token,
     stride_proj_bias,
+    stride_alpha_batch,
+    stride_alpha_head,
+    stride_alpha_block,
     scale,
     epsilon,
     head_start,
@@ -126,7 +130,11 @@ def forward_kernel(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Output and log-sum-exp of TILE_Q tokens of one query head (SLA, arXiv 2509.24006, algorithm 1)."""
+    """Output and log-sum-exp of TILE_Q tokens of one query head.
+
+    SLA (arXiv 2509.24006, algorithm 1): O_s + O_l W^T + b. With alpha, one number for each query block, SLA2
+    (arXiv 2602.12675): alpha O_s + (1 - alpha) O_l.
+    """
     tiles = query_blocks * (BLOCK_Q // TILE_Q)
     tile = tl.program_id(0) % tiles
     local = tl.program_id(0) // tiles
@@ -177,7 +185,13 @@ def forward_kernel(
     attended = total > 0
     logsumexp = tl.where(attended, (maximum + tl.log2(tl.where(attended, total, 1.0))) * LN_2, float("-inf"))
     tl.store(logsumexp_ptr + head.to(tl.int64) * length + rows, logsumexp, mask=rows < length)
-    accumulator *= (1.0 / tl.where(attended, total, 1.0))[:, None]
+    share = 1.0 / tl.where(attended, total, 1.0)
+    if alpha_ptr is not None:
+        alpha = tl.load(
+            alpha_ptr + batch * stride_alpha_batch + query_head * stride_alpha_head + block * stride_alpha_block
+        )
+        share *= alpha
+    accumulator *= share[:, None]
 
     if LINEAR != "none":
         if LINEAR == "marginal":
@@ -192,6 +206,8 @@ def forward_kernel(
         denominator = tl.sum(phi * z[None, :], 1) + tl.cast(epsilon, tl.float32)
         defined = denominator > MIN_DENOMINATOR
         inverse = tl.where(defined, 1.0 / tl.where(defined, denominator, 1.0), 0.0)
+        if alpha_ptr is not None:
+            inverse *= 1.0 - alpha
         for col in range(0, HEAD_DIM, SLICE):
             part = load_tile(
                 query_ptr, first, length, stride_query_token, col, stride_query_dim, TILE_Q, SLICE, HEAD_DIM, True, WIDE
@@ -199,7 +215,7 @@ def forward_kernel(
             weights = feature(part, feature_maximum, normaliser, col, SLICE, HEAD_DIM, FEATURE_MAP) * inverse[:, None]
             h = load_tile(
                 sums_ptr, col, HEAD_DIM, HEAD_DIM, 0, 1, SLICE, DIMS, HEAD_DIM, HEAD_DIM % SLICE != 0, False
-            )  # (SLICE, DIMS), the projection folded in
+            )  # (SLICE, DIMS), SLA's projection folded in
             accumulator = tl.dot(weights, h, accumulator, input_precision=PRECISION)
         if proj_bias_ptr is not None:
             proj_bias = tl.load(proj_bias_ptr + dims * stride_proj_bias, mask=dims < HEAD_DIM, other=0.0)

@@ -14,7 +14,7 @@ from sla_compile.kernels.backward import key_gradient_kernel, query_gradient_ker
 from sla_compile.kernels.block_lists import block_lists_kernel
 from sla_compile.kernels.forward import forward_kernel
 from sla_compile.kernels.linear_backward import key_linear_kernel, query_linear_kernel
-from sla_compile.kernels.spec import MIN_DENOMINATOR, Spec, num_blocks
+from sla_compile.kernels.spec import MIN_ALPHA, MIN_DENOMINATOR, Spec, num_blocks
 from sla_compile.kernels.summaries import block_sums_kernel, state_size, summaries_kernel
 from sla_compile.kernels.tuning import MAX_TILE, Plan, plan, target_of
 
@@ -36,20 +36,26 @@ def forward(
     proj_weight: Tensor | None = None,
     proj_bias: Tensor | None = None,
     key_bias: Tensor | None = None,
+    alpha: Tensor | None = None,
+    key_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sparse-linear attention over a block map (SLA, arXiv 2509.24006, algorithm 1); see reference_attention.
+
+    With alpha it is SLA2's (arXiv 2602.12675): alpha O_s + (1 - alpha) O_l, without a projection.
 
     Args:
         query: (B, H, L, D) float16, bfloat16 or float32; key, value: (B, H_kv, L, D), same dtype; any strides.
         block_map: int8 (B, H, T_m, T_n) in {1, 0, -1}.
         proj_weight: (D, D), proj_bias: (D), any floating dtype.
         key_bias: float32 (B, L), at most 0.
+        alpha: float32 (B, H, T_m), any strides; 1 for a query block without a marginal block.
+        key_mean: float32 (B, H_kv, D), any strides; subtracted from the keys before the feature map.
 
     Returns:
         output (B, H, L, D) in query's dtype, with the strides of a transposed (B, L, H, D) tensor, and the natural
         log-sum-exp of the critical scores, float32 (B, H, L).
     """
-    call = _call(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias)
+    call = _call(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean)
     output = _transposed_empty(query)
     logsumexp = call.empty(*query.shape[:3])
     with torch.cuda.device_of(query):
@@ -71,25 +77,37 @@ def backward(
     proj_weight: Tensor | None = None,
     proj_bias: Tensor | None = None,
     key_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients to query, key, value, proj_weight and proj_bias (SLA, arXiv 2509.24006, algorithm 2).
+    alpha: Tensor | None = None,
+    key_mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients to query, key, value, proj_weight, proj_bias and alpha (SLA, arXiv 2509.24006, algorithm 2).
 
     Deterministic: no atomics. Takes forward's arguments and results, and the output's gradient with any strides; the
-    gradients to the parameters are None where there is no such parameter or no linear branch.
+    gradients to the parameters are None where there is no such parameter or no linear branch. The key's is that with
+    key_mean held constant; alpha's is float32 (B, H, T_m).
+
+    NOTE [Alpha]: SLA2's sparse branch has the gradients dV = (alpha P)^T dO and dS = alpha P (dP - delta_s) with
+    delta_s = <dO, O_s>. As alpha P = exp(S - (logsumexp - log alpha)), the kernels of SLA's sparse branch give them,
+    handed that log-sum-exp.
     """
-    call = _call(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias)
+    call = _call(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean)
+    grad_alpha = None
+    if alpha is not None:
+        grad_alpha = torch.empty_like(alpha, memory_format=torch.contiguous_format)
+        shares = alpha.clamp_min(MIN_ALPHA).log().repeat_interleave(spec.block_q, 2)
+        logsumexp = logsumexp - shares[..., : query.shape[2]]  # NOTE [Alpha]
     grads = _transposed_empty(query), _transposed_empty(key), _transposed_empty(value)
     has_weight = proj_weight is not None and spec.linear != "none"
     grad_weight = torch.zeros_like(proj_weight, dtype=torch.float32) if has_weight else None
     grad_bias = None
     with torch.cuda.device_of(query):
         for chunk in call.chunks(backward=True):
-            grad_weights = chunk.run_backward(grad_output, output, logsumexp, *grads)
+            grad_weights = chunk.run_backward(grad_output, output, logsumexp, *grads, grad_alpha)
             if grad_weight is not None:
                 grad_weight += grad_weights.sum((0, 1))
         if call.proj_bias is not None:
             grad_bias = grad_output.sum((0, 1, 2), dtype=torch.float32).to(call.proj_bias.dtype)
-    return *grads, None if grad_weight is None else grad_weight.to(proj_weight.dtype), grad_bias
+    return *grads, None if grad_weight is None else grad_weight.to(proj_weight.dtype), grad_bias, grad_alpha
 
 
 def launch(kernel: Any, programs: int, **arguments: Any) -> None:
@@ -109,6 +127,8 @@ class _Call:
     proj_weight: Tensor | None
     proj_bias: Tensor | None
     key_bias: Tensor | None
+    alpha: Tensor | None
+    key_mean: Tensor | None
     plan: Plan
     start: int
     units: int
@@ -146,10 +166,10 @@ class _Call:
             forward_kernel,
             self.units * self.group * self.block_map.shape[2] * (self.spec.block_q // chosen.tile_q),
             query_ptr=self.query, key_ptr=self.key, value_ptr=self.value, proj_bias_ptr=self.proj_bias,
-            sums_ptr=self.linear_sums(), entries_ptr=entries, counts_ptr=counts,
+            alpha_ptr=self.alpha, sums_ptr=self.linear_sums(), entries_ptr=entries, counts_ptr=counts,
             output_ptr=output, logsumexp_ptr=logsumexp,
             **_strides("query", self.query), **_strides("key", self.key), **_strides("value", self.value),
-            **_strides("output", output), stride_proj_bias=_stride(self.proj_bias, 0),
+            **_strides("output", output), stride_proj_bias=_stride(self.proj_bias, 0), **self.alpha_strides(),
             epsilon=self.spec.epsilon, head_start=self.start * self.group,
             STATE=state_size(self.head_dim), FEATURE_MAP=self.spec.feature_map, MIN_DENOMINATOR=MIN_DENOMINATOR,
             **_addressing(self.query, self.key, self.value, output), SLICE=chosen.slice,
@@ -164,6 +184,7 @@ class _Call:
         grad_query: Tensor,
         grad_key: Tensor,
         grad_value: Tensor,
+        grad_alpha: Tensor | None,
     ) -> Tensor | None:
         """Fills this chunk's part of the gradients; returns what sums to the projection's over dimensions 0 and 1."""
         linear = self.spec.linear != "none"
@@ -181,18 +202,23 @@ class _Call:
         tiles = rows * (self.spec.block_q // chosen.tile_q)
         delta = self.empty(heads, self.query.shape[2])
         grad_states = self.empty(heads, tiles, state) if linear else None
+        grad_shares = None if grad_alpha is None else self.empty(heads, rows, tiles // rows)
         launch(
             query_linear_kernel,
             heads * tiles,
-            proj_bias_ptr=self.proj_bias, output_ptr=output, sums_ptr=self.linear_sums(), grad_query_ptr=grad_query,
-            grad_states_ptr=grad_states, delta_ptr=delta, **shared, **_strides("output", output),
-            **_strides("gq", grad_query), stride_proj_bias=_stride(self.proj_bias, 0), epsilon=self.spec.epsilon,
+            proj_bias_ptr=self.proj_bias, alpha_ptr=self.alpha, output_ptr=output, sums_ptr=self.linear_sums(),
+            grad_query_ptr=grad_query, grad_states_ptr=grad_states, grad_alpha_ptr=grad_shares, delta_ptr=delta,
+            **shared, **_strides("output", output), **_strides("gq", grad_query), **self.alpha_strides(),
+            stride_proj_bias=_stride(self.proj_bias, 0), epsilon=self.spec.epsilon,
             head_start=self.start * self.group, heads=self.query.shape[1], group=self.group,
             length=self.query.shape[2], query_blocks=rows, HEAD_DIM=self.head_dim, STATE=state,
             DIMS=_padded(self.head_dim), BLOCK_Q=self.spec.block_q, TILE_Q=chosen.tile_q, SLICE=chosen.slice,
             FEATURE_MAP=self.spec.feature_map, LINEAR=self.spec.linear, MIN_DENOMINATOR=MIN_DENOMINATOR,
-            PRECISION=self.plan.precision, **chosen.options,
+            MIN_ALPHA=MIN_ALPHA, PRECISION=self.plan.precision, **chosen.options,
         )  # fmt: skip
+        if grad_alpha is not None:
+            start = self.start * self.group
+            grad_alpha.view(-1, rows)[start : start + heads] = grad_shares.sum(2)
 
         grad_weights = None
         if grad_states is not None:
@@ -200,13 +226,17 @@ class _Call:
             del grad_states
             chosen = self.plan.key_linear
             tiles = columns * (self.spec.block_k // chosen.tile_k)
-            grad_weights = self.empty(self.units, tiles, self.head_dim, self.head_dim)
+            if self.proj_weight is not None:
+                grad_weights = self.empty(self.units, tiles, self.head_dim, self.head_dim)
             launch(
                 key_linear_kernel,
                 self.units * tiles,
-                weight_ptr=self.proj_weight, key_bias_ptr=self.key_bias, grad_sums_ptr=grad_sums,
-                grad_weights_ptr=grad_weights, **of_keys, **_strides("weight", self.proj_weight, "out", "in"),
-                **_strides("bias", self.key_bias, "batch", "token"), head_start=self.start, heads=self.key.shape[1],
+                weight_ptr=self.proj_weight, key_bias_ptr=self.key_bias, key_mean_ptr=self.key_mean,
+                grad_sums_ptr=grad_sums, grad_weights_ptr=grad_weights, **of_keys,
+                **_strides("weight", self.proj_weight, "out", "in"),
+                **_strides("bias", self.key_bias, "batch", "token"),
+                **_strides("mean", self.key_mean, "batch", "head", "dim"), head_start=self.start,
+                heads=self.key.shape[1],
                 length=self.key.shape[2], key_blocks=columns, HEAD_DIM=self.head_dim, STATE=state,
                 DIMS=_padded(self.head_dim), BLOCK_K=self.spec.block_k, TILE_K=chosen.tile_k, SLICE=chosen.slice,
                 FEATURE_MAP=self.spec.feature_map, LINEAR=self.spec.linear, PRECISION=self.plan.precision,
@@ -234,6 +264,9 @@ class _Call:
             head_start=self.start, **self.common(), **chosen.tiles,
         )  # fmt: skip
         return grad_weights
+
+    def alpha_strides(self) -> dict[str, int]:
+        return _strides("alpha", self.alpha, "batch", "head", "block")
 
     def common(self) -> dict[str, Any]:
         """Arguments of the kernels that walk the block lists."""
@@ -284,8 +317,9 @@ class _Call:
             summaries_kernel,
             self.units * slots * num_blocks(self.head_dim, chosen.slice),
             key_ptr=self.key, value_ptr=self.value, weight_ptr=self.proj_weight, key_bias_ptr=self.key_bias,
-            states_ptr=states, **_strides("key", self.key), **_strides("value", self.value),
+            key_mean_ptr=self.key_mean, states_ptr=states, **_strides("key", self.key), **_strides("value", self.value),
             **_strides("weight", self.proj_weight, "out", "in"), **_strides("bias", self.key_bias, "batch", "token"),
+            **_strides("mean", self.key_mean, "batch", "head", "dim"),
             head_start=self.start, heads=self.key.shape[1], length=self.key.shape[2], slots=slots,
             slot_tokens=slot_blocks * self.spec.block_k, HEAD_DIM=self.head_dim, STATE=state_size(self.head_dim),
             DIMS=_padded(self.head_dim), FEATURE_MAP=self.spec.feature_map, PRECISION=self.plan.precision,
@@ -331,6 +365,8 @@ def _call(
     proj_weight: Tensor | None,
     proj_bias: Tensor | None,
     key_bias: Tensor | None,
+    alpha: Tensor | None,
+    key_mean: Tensor | None,
 ) -> _Call:
     batch, heads, length, dim = query.shape
     if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
@@ -342,11 +378,21 @@ def _call(
         raise ValueError(f"block_map must be int8 {expected}, got {block_map.dtype} {tuple(block_map.shape)}")
     if spec.linear == "none":
         proj_weight = proj_bias = None
-    elif proj_weight is None:
-        raise ValueError(f'linear="{spec.linear}" needs proj_weight')
+    if alpha is not None:
+        if spec.linear == "none" or proj_weight is not None or proj_bias is not None:
+            raise ValueError(f'alpha goes with a linear branch and without a projection, got linear="{spec.linear}"')
+        if alpha.shape != expected[:3] or alpha.dtype != torch.float32:
+            raise ValueError(f"alpha must be float32 {expected[:3]}, got {alpha.dtype} {tuple(alpha.shape)}")
+    elif spec.linear != "none" and proj_weight is None:
+        raise ValueError(f'linear="{spec.linear}" needs proj_weight or alpha')
+    expected = batch, key.shape[1], dim
+    if key_mean is not None and (key_mean.shape != expected or key_mean.dtype != torch.float32):
+        raise ValueError(f"key_mean must be float32 {expected}, got {key_mean.dtype} {tuple(key_mean.shape)}")
     chosen = plan(_padded(dim), query.element_size(), spec.block_q, spec.block_k, target_of(query.device))
     units = batch * key.shape[1] if query.numel() else 0
-    return _Call(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, chosen, 0, units)
+    return _Call(
+        query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean, chosen, 0, units
+    )
 
 
 def _transposed_empty(like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from sla_compile.kernels.tiles import (
     feature_gradient,
     feature_statistics,
     key_weights,
+    load_mean,
     load_tile,
     store_tile,
 )
@@ -25,10 +26,12 @@ def query_linear_kernel(
     grad_output_ptr,
     query_ptr,
     proj_bias_ptr,
+    alpha_ptr,
     output_ptr,
     sums_ptr,
     grad_query_ptr,
     grad_states_ptr,
+    grad_alpha_ptr,
     delta_ptr,
     stride_grad_batch,
     stride_grad_head,
@@ -47,6 +50,9 @@ def query_linear_kernel(
     stride_gq_token,
     stride_gq_dim,
     stride_proj_bias,
+    stride_alpha_batch,
+    stride_alpha_head,
+    stride_alpha_block,
     epsilon,
     head_start,
     heads,
@@ -62,6 +68,7 @@ def query_linear_kernel(
     FEATURE_MAP: tl.constexpr,
     LINEAR: tl.constexpr,
     MIN_DENOMINATOR: tl.constexpr,
+    MIN_ALPHA: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -72,6 +79,9 @@ def query_linear_kernel(
         G = dO H^T        delta_l = r <G, phi>        dphi = r (G - delta_l Z)
         dH = (r phi)^T dO        dZ = -(r phi)^T delta_l        delta_s = <dO, O - b> - delta_l
     which is SLA's algorithm 2 without O_l: <dO W, O_l> = <dO, O_l W^T> = r <dO H^T, phi>.
+
+    With alpha (SLA2) the output is alpha O_s + (1 - alpha) O_l: dphi, dH and dZ take the factor 1 - alpha, and
+        delta_s = (<dO, O> - (1 - alpha) delta_l) / alpha        dalpha = sum over the tokens of delta_s - delta_l
     """
     tiles = query_blocks * (BLOCK_Q // TILE_Q)
     tile = tl.program_id(0) % tiles
@@ -127,7 +137,16 @@ def query_linear_kernel(
         defined = denominator > MIN_DENOMINATOR
         inverse = tl.where(defined, 1.0 / tl.where(defined, denominator, 1.0), 0.0)
         delta_linear = tl.sum(products * phi, 1) * inverse
-        delta -= delta_linear
+        if alpha_ptr is None:
+            delta -= delta_linear
+        else:
+            block = tile // (BLOCK_Q // TILE_Q)
+            alpha = tl.load(
+                alpha_ptr + batch * stride_alpha_batch + head * stride_alpha_head + block * stride_alpha_block
+            )
+            delta = (delta - (1.0 - alpha) * delta_linear) / tl.maximum(alpha, MIN_ALPHA)
+            inverse *= 1.0 - alpha
+            tl.store(grad_alpha_ptr + local.to(tl.int64) * tiles + tile, tl.sum(delta - delta_linear, 0))
         grad_phi = (products - delta_linear[:, None] * z[None, :]) * inverse[:, None]
         store_tile(
             grad_query_ptr, feature_gradient(query, phi, grad_phi, FEATURE_MAP), first, length, stride_gq_token, 0,
@@ -155,6 +174,7 @@ def key_linear_kernel(
     value_ptr,
     weight_ptr,
     key_bias_ptr,
+    key_mean_ptr,
     grad_sums_ptr,
     grad_key_ptr,
     grad_value_ptr,
@@ -179,6 +199,9 @@ def key_linear_kernel(
     stride_weight_in,
     stride_bias_batch,
     stride_bias_token,
+    stride_mean_batch,
+    stride_mean_head,
+    stride_mean_dim,
     head_start,
     heads,
     length,
@@ -199,6 +222,7 @@ def key_linear_kernel(
 
     With phi = diag(w) phi(K) and V' = V W^T, and dH, dZ summed over the query blocks that read these keys:
         dphi = diag(w) (V' dH^T + 1 dZ^T)        dV' = phi dH        dV = dV' W        dW = dV'^T V
+    Without a projection V' is V, and there is no dW. A key mean, subtracted before phi, counts as a constant.
     """
     tiles = key_blocks * (BLOCK_K // TILE_K)
     tile = tl.program_id(0) % tiles
@@ -220,7 +244,8 @@ def key_linear_kernel(
         grad_sums_ptr += (local.to(tl.int64) * key_blocks + tile // (BLOCK_K // TILE_K)) * STATE
     else:
         grad_sums_ptr += local.to(tl.int64) * STATE
-    grad_weights_ptr += (local.to(tl.int64) * tiles + tile) * HEAD_DIM * HEAD_DIM
+    if weight_ptr is not None:
+        grad_weights_ptr += (local.to(tl.int64) * tiles + tile) * HEAD_DIM * HEAD_DIM
 
     key = load_tile(key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE).to(
         tl.float32
@@ -228,28 +253,41 @@ def key_linear_kernel(
     value = load_tile(
         value_ptr, start, length, stride_value_token, 0, stride_value_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
     ).to(tl.float32)  # (TILE_K, DIMS)
+    if key_mean_ptr is not None:
+        key_mean_ptr += batch * stride_mean_batch + head * stride_mean_head
+        key -= load_mean(key_mean_ptr, stride_mean_dim, DIMS, HEAD_DIM)[None, :]
     weights = key_weights(key_bias_ptr, stride_bias_token, start, length, TILE_K)
     maximum, normaliser = feature_statistics(key, HEAD_DIM, DIMS, FEATURE_MAP)
     phi = feature(key, maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP) * weights[:, None]
     grad_phi = tl.zeros([TILE_K, DIMS], tl.float32)
     grad_value = tl.zeros([TILE_K, DIMS], tl.float32)
     for col in range(0, HEAD_DIM, SLICE):
-        weight = load_tile(
-            weight_ptr, col, HEAD_DIM, stride_weight_out, 0, stride_weight_in,
-            SLICE, DIMS, HEAD_DIM, HEAD_DIM % SLICE != 0, False,
-        ).to(tl.float32)  # (SLICE, DIMS)  # fmt: skip
         grad_h = load_tile(
             grad_sums_ptr, 0, HEAD_DIM, HEAD_DIM, col, 1, DIMS, SLICE, HEAD_DIM, HEAD_DIM < DIMS, False
         )  # (DIMS, SLICE)
-        projected = tl.dot(value, tl.trans(weight), input_precision=PRECISION)  # V', (TILE_K, SLICE)
-        grad_phi = tl.dot(projected, tl.trans(grad_h), grad_phi, input_precision=PRECISION)
         grad_projected = tl.dot(phi, grad_h, input_precision=PRECISION)  # dV', (TILE_K, SLICE)
-        grad_value = tl.dot(grad_projected, weight, grad_value, input_precision=PRECISION)
-        grad_weight = tl.dot(tl.trans(grad_projected), value, input_precision=PRECISION)  # (SLICE, DIMS)
-        store_tile(grad_weights_ptr, grad_weight, col, HEAD_DIM, HEAD_DIM, 0, 1, SLICE, DIMS, HEAD_DIM, False)
-    store_tile(
-        grad_value_ptr, grad_value, start, length, stride_gv_token, 0, stride_gv_dim, TILE_K, DIMS, HEAD_DIM, WIDE
-    )
+        if weight_ptr is None:
+            projected = load_tile(
+                value_ptr, start, length, stride_value_token, col, stride_value_dim, TILE_K, SLICE, HEAD_DIM, True, WIDE
+            ).to(tl.float32)  # V' = V, (TILE_K, SLICE)
+            store_tile(
+                grad_value_ptr, grad_projected, start, length, stride_gv_token, col, stride_gv_dim,
+                TILE_K, SLICE, HEAD_DIM, WIDE,
+            )  # fmt: skip
+        else:
+            weight = load_tile(
+                weight_ptr, col, HEAD_DIM, stride_weight_out, 0, stride_weight_in,
+                SLICE, DIMS, HEAD_DIM, HEAD_DIM % SLICE != 0, False,
+            ).to(tl.float32)  # (SLICE, DIMS)  # fmt: skip
+            projected = tl.dot(value, tl.trans(weight), input_precision=PRECISION)  # V', (TILE_K, SLICE)
+            grad_value = tl.dot(grad_projected, weight, grad_value, input_precision=PRECISION)
+            grad_weight = tl.dot(tl.trans(grad_projected), value, input_precision=PRECISION)  # (SLICE, DIMS)
+            store_tile(grad_weights_ptr, grad_weight, col, HEAD_DIM, HEAD_DIM, 0, 1, SLICE, DIMS, HEAD_DIM, False)
+        grad_phi = tl.dot(projected, tl.trans(grad_h), grad_phi, input_precision=PRECISION)
+    if weight_ptr is not None:
+        store_tile(
+            grad_value_ptr, grad_value, start, length, stride_gv_token, 0, stride_gv_dim, TILE_K, DIMS, HEAD_DIM, WIDE
+        )
     dims = tl.arange(0, DIMS)
     grad_z = tl.load(grad_sums_ptr + HEAD_DIM * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
     grad_phi = weights[:, None] * (grad_phi + grad_z[None, :])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 ALL_KEYS_EPSILON = 1e-5
 # Below this denominator the linear branch of a row is defined as zero: with relu or elu every weight may vanish.
 MIN_DENOMINATOR = 2.0**-64
+# SLA2's backward divides by alpha, at least by this: with less the sparse branch is below a rounding of the output.
+MIN_ALPHA = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Spec:
     linear: str = "marginal"
     block_q: int = 64
     block_k: int = 64
+    # Of the sparse branch's forward: "none", "int8" or "fp8" (quantize.py).
+    low_bit: str = "none"
 
     @property
     def epsilon(self) -> float:

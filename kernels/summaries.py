@@ -5,7 +5,8 @@ product. Its size is rounded up to 16 elements, which keeps every state aligned.
 
     h_j = phi(K_j)^T diag(w) V_j W^T        z_j = phi(K_j)^T w        w: weights of the keys, exp(key bias)
 
-so O_l W^T = phi(Q) H / (phi(Q) Z) is one product less for each query block, in the forward and in the backward.
+so O_l W^T = phi(Q) H / (phi(Q) Z) is one product less for each query block, in the forward and in the backward. SLA2
+has no projection, W is the identity, and it subtracts the keys' mean before phi.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sla_compile.kernels.tiles import aligned, feature, feature_statistics, key_weights, load_tile, store_tile
+from sla_compile.kernels.tiles import (
+    aligned,
+    feature,
+    feature_statistics,
+    key_weights,
+    load_mean,
+    load_tile,
+    store_tile,
+)
 
 
 def state_size(head_dim: int) -> int:
@@ -27,6 +36,7 @@ def summaries_kernel(
     value_ptr,
     weight_ptr,
     key_bias_ptr,
+    key_mean_ptr,
     states_ptr,
     stride_key_batch,
     stride_key_head,
@@ -40,6 +50,9 @@ def summaries_kernel(
     stride_weight_in,
     stride_bias_batch,
     stride_bias_token,
+    stride_mean_batch,
+    stride_mean_head,
+    stride_mean_dim,
     head_start,
     heads,
     length,
@@ -70,10 +83,15 @@ def summaries_kernel(
         key_bias_ptr += batch * stride_bias_batch
     states_ptr += (local.to(tl.int64) * slots + slot) * STATE
 
-    weight = load_tile(
-        weight_ptr, col, HEAD_DIM, stride_weight_out, 0, stride_weight_in,
-        SLICE, DIMS, HEAD_DIM, HEAD_DIM % SLICE != 0, False,
-    ).to(tl.float32)  # (SLICE, DIMS)  # fmt: skip
+    if weight_ptr is not None:
+        weight = load_tile(
+            weight_ptr, col, HEAD_DIM, stride_weight_out, 0, stride_weight_in,
+            SLICE, DIMS, HEAD_DIM, HEAD_DIM % SLICE != 0, False,
+        ).to(tl.float32)  # (SLICE, DIMS)  # fmt: skip
+    if key_mean_ptr is not None:
+        mean = load_mean(
+            key_mean_ptr + batch * stride_mean_batch + head * stride_mean_head, stride_mean_dim, DIMS, HEAD_DIM
+        )
     h = tl.zeros([DIMS, SLICE], tl.float32)
     z = tl.zeros([DIMS], tl.float32)
     end = tl.minimum((slot + 1) * slot_tokens, length)
@@ -81,14 +99,21 @@ def summaries_kernel(
         key = load_tile(
             key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
         ).to(tl.float32)  # (TILE_K, DIMS)
-        value = load_tile(
-            value_ptr, start, length, stride_value_token, 0, stride_value_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
-        ).to(tl.float32)  # (TILE_K, DIMS)
+        if key_mean_ptr is not None:
+            key -= mean[None, :]
+        if weight_ptr is None:
+            projected = load_tile(
+                value_ptr, start, length, stride_value_token, col, stride_value_dim, TILE_K, SLICE, HEAD_DIM, True, WIDE
+            ).to(tl.float32)  # (TILE_K, SLICE)
+        else:
+            value = load_tile(
+                value_ptr, start, length, stride_value_token, 0, stride_value_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
+            ).to(tl.float32)  # (TILE_K, DIMS)
+            projected = tl.dot(value, tl.trans(weight), input_precision=PRECISION)  # (TILE_K, SLICE)
         maximum, normaliser = feature_statistics(key, HEAD_DIM, DIMS, FEATURE_MAP)
         phi = feature(key, maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP)
-        # Past the end of the sequence phi of a zero row is not zero: the weight is, applied after phi.
+        # Past the end of the sequence phi of what was loaded is not zero: the weight is, applied after phi.
         phi *= key_weights(key_bias_ptr, stride_bias_token, start, length, TILE_K)[:, None]
-        projected = tl.dot(value, tl.trans(weight), input_precision=PRECISION)  # (TILE_K, SLICE)
         h = tl.dot(tl.trans(phi), projected, h, input_precision=PRECISION)
         z += tl.sum(phi, 0)
 

@@ -94,6 +94,13 @@ def store_tile(
 
 
 @triton.jit
+def load_mean(ptr, stride, DIMS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """One head's mean key (DIMS,), zero past HEAD_DIM."""
+    dims = tl.arange(0, DIMS)
+    return tl.load(ptr + dims * stride, mask=dims < HEAD_DIM, other=0.0)
+
+
+@triton.jit
 def feature_statistics(tokens, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, FEATURE_MAP: tl.constexpr):
     """Per token (maximum, 1 / sum of exponentials), so that softmax over HEAD_DIM can be taken slice by slice.
 

@@ -32,6 +32,8 @@ class Case:
     dtype: str = "fp32"
     linear: str = "marginal"
     feature_map: str = "softmax"
+    # alpha: "" (SLA) or SLA2's, for each "block", each "head" (with strides of 0), or "extreme" (0, nearly 0, nearly 1)
+    alpha: str = ""
     block_q: int = 64
     block_k: int = 64
     # blocks: random | critical | marginal | negligible (only critical and negligible) | none (rows without critical)
@@ -117,15 +119,71 @@ def key_bias(case: Case, generator: torch.Generator) -> Tensor | None:
     return bias
 
 
-def evaluate(inputs: list[Tensor | None], grad: Tensor, classes: Tensor, spec: Any, bias: Tensor | None) -> list[Any]:
-    """Output, log-sum-exp and gradients of the dense formula in the dtype of its inputs."""
+def draw_alpha(case: Case, classes: Tensor, generator: torch.Generator) -> Tensor | None:
+    """float32 (B, H, T_m), 1 where a query block has no marginal block."""
+    if not case.alpha:
+        return None
+    if case.alpha == "head":
+        alpha = torch.rand(case.heads, 1, generator=generator).expand(case.batch, case.heads, classes.shape[2])
+        return alpha if bool((classes == 0).any(-1).all()) else alpha.where((classes == 0).any(-1), 1.0)
+    alpha = torch.rand(classes.shape[:3], generator=generator)
+    if case.alpha == "extreme":
+        picked = torch.randint(4, classes.shape[:3], generator=generator)
+        alpha = torch.tensor([0.0, 1e-5, 1 - 2.0**-24, 0.5])[picked]
+    return alpha.where((classes == 0).any(-1), 1.0)
+
+
+def key_mean(key: Tensor, bias: Tensor | None) -> Tensor:
+    """float32 (B, H_kv, D): mean of the tokens that take part, 0 where none does."""
+    taking_part = torch.ones(key.shape[0], key.shape[2]) if bias is None else (bias > -torch.inf).float()
+    taking_part = taking_part[:, None, :, None]
+    return (key.float() * taking_part).sum(2) / taking_part.sum(2).clamp(min=1)
+
+
+def mixed_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor,
+    classes: Tensor,
+    spec: Any,
+    bias: Tensor | None,
+    mean: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """SLA2's alpha O_s + (1 - alpha) O_l, from the reference of SLA with either branch empty."""
+    from sla_compile.kernels.reference import reference_attention
+
+    sparse, logsumexp = reference_attention(query, key, value, classes, replace(spec, linear="none"), key_bias=bias)
+    linear, _ = reference_attention(
+        query, key - mean.to(key.dtype)[:, :, None], value, classes.where(classes != 1, -1), spec,
+        proj_weight=torch.eye(query.shape[3], dtype=query.dtype), key_bias=bias,
+    )  # fmt: skip
+    shares = alpha.repeat_interleave(spec.block_q, 2)[:, :, : query.shape[2], None]
+    return shares * sparse + (1 - shares) * linear, logsumexp
+
+
+def evaluate(
+    inputs: list[Tensor | None],
+    grad: Tensor,
+    classes: Tensor,
+    spec: Any,
+    bias: Tensor | None,
+    mean: Tensor | None = None,
+) -> list[Any]:
+    """Output, log-sum-exp and gradients of the dense formula in the dtype of its inputs.
+
+    inputs: query, key, value, proj_weight, proj_bias, and for SLA2 alpha, which goes with the keys' mean.
+    """
     from sla_compile.kernels.reference import reference_attention
 
     leaves = [None if tensor is None else tensor.detach().clone().requires_grad_() for tensor in inputs]
-    query, key, value, weight, proj_bias = leaves
-    output, logsumexp = reference_attention(
-        query, key, value, classes, spec, proj_weight=weight, proj_bias=proj_bias, key_bias=bias
-    )
+    query, key, value, weight, proj_bias, *alpha = leaves
+    if any(tensor is not None for tensor in alpha):
+        output, logsumexp = mixed_reference(query, key, value, *alpha, classes, spec, bias, mean)
+    else:
+        output, logsumexp = reference_attention(
+            query, key, value, classes, spec, proj_weight=weight, proj_bias=proj_bias, key_bias=bias
+        )
     used = [leaf for leaf in leaves if leaf is not None and not (spec.linear == "none" and leaf in leaves[3:])]
     found = iter(torch.autograd.grad(output, used, grad.to(output.dtype)))
     grads = [next(found) if any(leaf is other for other in used) else None for leaf in leaves]
@@ -148,26 +206,31 @@ def run(case: Case, device: str) -> dict[str, float]:
     key = tokens(case, case.kv_heads, 3, generator)
     value = tokens(case, case.kv_heads, 4, generator)
     weight = bias = None
-    if case.linear != "none":
+    if case.linear != "none" and not case.alpha:
         weight = (torch.randn(case.dim, case.dim, generator=generator) * case.dim**-0.5).to(DTYPES[case.proj_dtype])
         bias = torch.randn(case.dim, generator=generator).to(DTYPES[case.proj_dtype]) if case.bias else None
     classes = block_map(case, generator)
     key_biases = key_bias(case, generator)
+    alpha = draw_alpha(case, classes, generator)
+    mean = key_mean(key, key_biases) if case.alpha else None
     if case.grad == "expanded":
         grad = torch.ones((), dtype=query.dtype).expand(query.shape)
     else:
         grad = tokens(replace(case, magnitude=1.0), case.heads, 5, generator)
 
-    inputs = [query, key, value, weight, bias]
+    inputs = [query, key, value, weight, bias, alpha]
     double = [None if tensor is None else tensor.double() for tensor in inputs]
-    oracle = evaluate(double, grad.double(), classes, spec, key_biases)
-    eager = evaluate([None if t is None else t.to(query.dtype) for t in inputs], grad, classes, spec, key_biases)
+    oracle = evaluate(double, grad.double(), classes, spec, key_biases, mean)
+    low = [None if tensor is None else tensor.to(query.dtype) for tensor in inputs[:5]] + [alpha]
+    eager = evaluate(low, grad, classes, spec, key_biases, mean)
 
     on_device = [None if tensor is None else moved(tensor, device) for tensor in inputs]
     options = dict(
         proj_weight=on_device[3],
         proj_bias=on_device[4],
         key_bias=None if key_biases is None else key_biases.to(device),
+        alpha=on_device[5],
+        key_mean=None if mean is None else mean.to(device),
     )
     kept = gpu.TRANSIENT_BYTES, gpu._addressing
     gpu.TRANSIENT_BYTES = case.chunk_bytes or kept[0]
@@ -200,11 +263,19 @@ def run(case: Case, device: str) -> dict[str, float]:
     norms = [tensor.double().norm(dim=-1).max().item() for tensor in (grad, value, grad * oracle[0])]
     size = max(factor * norms[0] * norms[1] / math.sqrt(case.dim), *(exact.abs().max().item() for exact in oracle[2:5]))
     rounded = torch.finfo(query.dtype).eps * factor * norms[2]
-    sizes = [0.0, 1.0, size, size, size, 0.0, 0.0]
-    extra = [0.0, 0.0, rounded, rounded, 0.0, 0.0, 0.0]
+    sizes = [0.0, 1.0, size, size, size, 0.0, 0.0, size]
+    extra = [0.0, 0.0, rounded, rounded, 0.0, 0.0, 0.0, 0.0]
+    if alpha is not None:
+        # The gradient to alpha comes of the rounded O, too, over alpha. Its logit gets alpha (1 - alpha) times as much.
+        results[-1], oracle[-1], eager[-1] = (alpha * found[-1].cpu() for found in (results, oracle, eager))
+        squares = (grad * oracle[0]).double().square().sum(-1).split(case.block_q, -1)
+        norm = max(block.sum(-1).max().item() for block in squares) ** 0.5
+        extra[-1] = torch.finfo(query.dtype).eps * norm
     return {
         name: ratio(result, exact, low, more, size, case.length + case.dim)
-        for name, result, exact, low, more, size in zip(NAMES, results, oracle, eager, extra, sizes, strict=True)
+        for name, result, exact, low, more, size in zip(
+            (*NAMES, "grad_alpha"), results, oracle, eager, extra, sizes, strict=True
+        )
         if result is not None or exact is not None
     }
 

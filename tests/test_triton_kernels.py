@@ -133,6 +133,23 @@ CASES = [
     Case(mask="row", batch=2, length=70),
     Case(mask="row", dtype="bf16", batch=2, length=70, feature_map="relu"),
     Case(mask="row", linear="none", batch=2),
+    # SLA2.
+    *(
+        Case(dtype=dtype, linear=linear, alpha="block", heads=4)
+        for dtype in ("fp32", "fp16", "bf16")
+        for linear in ("marginal", "all")
+    ),
+    Case(alpha="head", blocks="marginal", mask="keys"),
+    Case(alpha="head", feature_map="relu", mask="additive", dtype="fp16", block_q=128, length=300),
+    Case(alpha="extreme", length=300, feature_map="elu"),
+    Case(alpha="extreme", length=300, dtype="fp16"),
+    Case(alpha="extreme", length=300, dtype="bf16", linear="all"),
+    Case(alpha="block", blocks="critical", dtype="fp16"),
+    Case(alpha="block", blocks="none", layout="packed", dim=40, chunk_bytes=1),
+    Case(alpha="block", mask="row", batch=2, length=70, feature_map="elu"),
+    Case(alpha="block", dim=128, dtype="fp16", length=70, arch=89),
+    Case(alpha="block", dim=256, length=70, heads=1, kv_heads=1, block_q=128, arch="gfx942"),
+    Case(alpha="block", length=1),
     # The rest.
     Case(proj_dtype="fp16"),
     Case(proj_dtype="bf16", dtype="fp16", bias=False),
@@ -159,6 +176,7 @@ def drawn_cases(draw: st.DrawFn) -> Any:
     block_q = one_of(64, 64, 128)
     kv_heads = one_of(1, 2)
     dtype = one_of("fp32", "fp16", "bf16")
+    alpha = one_of("", "block", "head", "extreme")
     return Case(
         length=draw(st.integers(1, 200 if block_q == 64 else 300)),
         dim=one_of(draw(st.integers(1, 48)), 16, 32, 64, 64, 80, 128),
@@ -166,7 +184,8 @@ def drawn_cases(draw: st.DrawFn) -> Any:
         heads=kv_heads * one_of(1, 2),
         kv_heads=kv_heads,
         dtype=dtype,
-        linear=one_of("marginal", "all", "none"),
+        linear=one_of("marginal", "all", "marginal" if alpha else "none"),
+        alpha=alpha,
         feature_map=one_of("softmax", "elu", "relu"),
         block_q=block_q,
         blocks=one_of("random", "random", "critical", "marginal", "negligible", "none"),
