@@ -110,7 +110,7 @@ def route(
     critical_blocks: int,
     pinned: tuple[int, int],
 ) -> Tensor:
-    """The block map of routing.py, by rank: int8 (B, H, T_m, T_n).
+    """The block map of routing.py, by rank: int32 (B, H, T_m, T_n); TensorRT takes int8 for something quantised.
 
     Args:
         queries: (B, H, T_m, b_q, D), keys: (B, H_kv, T_n, b_k, D), zero past `length`.
@@ -145,9 +145,9 @@ def route(
     skipped = torch.minimum(torch.floor(free * negligible), free - critical)
 
     rank = torch.arange(columns, device=device)
-    by_rank = torch.where((rank >= free - skipped) & (rank < free), -1, (rank < critical).long()).to(torch.int8)
+    by_rank = torch.where((rank >= free - skipped) & (rank < free), -1, (rank < critical).long()).int()
     order = scores.sort(-1, descending=True).indices
-    block_map = torch.zeros_like(scores, dtype=torch.int8).scatter(-1, order, by_rank.expand(scores.shape))
+    block_map = torch.zeros_like(scores, dtype=torch.int32).scatter(-1, order, by_rank.expand(scores.shape))
     pinned_rows = _pinned_blocks(length, spec.block_q, rows, pinned, device)
     return torch.where((pinned_columns | pinned_rows[:, None]) & ~past, 1, block_map)
 
@@ -206,7 +206,7 @@ def _sparse(
     kv_heads, columns = keys.shape[1:3]
     count = critical.sum(-1)
     # Critical blocks first; each as a row of the flattened keys.
-    slots = critical.to(torch.int8).sort(-1, descending=True).indices
+    slots = critical.int().sort(-1, descending=True).indices
     owner = torch.arange(batch * kv_heads, device=queries.device).view(batch, kv_heads, 1, 1, 1)
     slots = slots.view(batch, kv_heads, heads // kv_heads, rows, columns) + owner * columns
 
