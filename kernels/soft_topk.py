@@ -17,8 +17,8 @@ from torch import Tensor
 def soft_topk(logits: Tensor, count: int, tau: float = 0.1, steps: int | None = None) -> Tensor:
     """``y_j = sigmoid(P_j / tau + lambda)`` with ``sum_j y_j = count`` in each row (SLA2, arXiv 2602.12675).
 
-    lambda is found by bisection between ``logit(count / n) - max_j P_j / tau`` and ``logit(count / n) - min_j P_j / tau``
-    in a fixed number of steps, without a look at the values: it can be compiled, and a GPU is not waited for.
+    lambda is found by bisection, between ``logit(count / n) - max_j P_j / tau`` and the same with the minimum, in a
+    fixed number of steps, without a look at the values: it can be compiled, and a GPU is not waited for.
 
     Args:
         logits: (..., n), floating point; -inf leaves a column out, y = 0 there. Unnormalised: softmaxed scores are so
