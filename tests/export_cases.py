@@ -1,9 +1,11 @@
 """What the tests of export share: attentions of every kind with their inputs, and a small accelerated network."""
 
+import math
 import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from models import build, make_inputs
@@ -109,3 +111,30 @@ def run_python(script, *arguments):
     """Runs a script in a fresh interpreter."""
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def build_runner(folder):
+    """Compiles aoti_runner.cpp against torch's libraries, without its Python part."""
+    torch_folder = Path(torch.__file__).parent
+    includes = [f"-I{torch_folder}/include", f"-I{torch_folder}/include/torch/csrc/api/include"]
+    libraries = [f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    source, runner = Path(__file__).parent / "aoti_runner.cpp", folder / "runner"
+    subprocess.run(["g++", "-std=c++20", abi, *includes, str(source), "-o", str(runner), *libraries], check=True)
+    return runner
+
+
+def run_runner(runner, package, inputs, folder):
+    """The first output, float32, of a package for these tensors."""
+    arguments = []
+    for index, tensor in enumerate(inputs):
+        path = folder / f"input_{index}"
+        tensor.contiguous().numpy().tofile(path)
+        dtype = {torch.float32: "float", torch.int64: "long", torch.bool: "bool"}[tensor.dtype]
+        arguments += [str(path), dtype, "x".join(map(str, tensor.shape))]
+    output = folder / "output"
+    command = [str(runner), str(package), str(output), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shape = [int(size) for size in done.stdout.strip(" []\n").split(",")]
+    return torch.from_file(str(output), size=math.prod(shape)).view(shape).clone()

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import CASES, NETWORK_SHAPES, Attention, difference, network, run_python
+from export_cases import (
+    CASES,
+    NETWORK_SHAPES,
+    Attention,
+    build_runner,
+    difference,
+    network,
+    run_python,
+    run_runner,
+)
 from models import build, make_inputs
 from torch.export import export
 
@@ -43,26 +52,13 @@ def test_every_length_from_python(package):
 
 
 def test_from_cpp_without_python(package, tmp_path):
-    torch_folder = Path(torch.__file__).parent
-    runner = tmp_path / "runner"
-    includes = [f"-I{torch_folder}/include", f"-I{torch_folder}/include/torch/csrc/api/include"]
-    libraries = [f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    source = Path(__file__).parent / "aoti_runner.cpp"
-    subprocess.run(["g++", "-std=c++20", abi, *includes, str(source), "-o", str(runner), *libraries], check=True)
+    runner = build_runner(tmp_path)
     linked = subprocess.run(["ldd", str(runner)], capture_output=True, text=True, check=True).stdout
     assert "libtorch_python" not in linked
     assert "libpython" not in linked
     for length in (64, 333):
-        arguments = []
-        for name, tensor in zip(("x", "context"), make_inputs(length), strict=True):
-            tensor.numpy().tofile(tmp_path / name)
-            arguments += [str(tmp_path / name), str(length), "32"]
-        command = [str(runner), str(package), str(tmp_path / "output"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == f"[1, {length}, 32]"
-        result = torch.from_file(str(tmp_path / "output"), size=length * 32).view(1, length, 32)
+        result = run_runner(runner, package, make_inputs(length), tmp_path)
+        assert result.shape == (1, length, 32)
         assert difference(result, expected(length)) < TOLERANCE
 
 
