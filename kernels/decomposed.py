@@ -33,6 +33,9 @@ def forward(
     value: Tensor,
     proj_weight: Tensor | None,
     proj_bias: Tensor | None,
+    router_q: Tensor | None,
+    router_k: Tensor | None,
+    alpha: Tensor | None,
     key_padding_mask: Tensor | None,
     block_map: Tensor | None,
     scale: float,
@@ -45,10 +48,15 @@ def forward(
     linear: str,
     block_q: int,
     block_k: int,
+    low_bit: str,
     impl_version: int,
 ) -> tuple[Tensor, Tensor]:
     """``O_s + O_l W^T + b`` (SLA, arXiv 2509.24006, equations 2 to 6): arguments and results as of the op
     ``sla_compile::sparse_linear_attention``, for inference; the length may be symbolic."""
+    if alpha is not None or router_q is not None or router_k is not None or low_bit != "none":
+        raise NotImplementedError(
+            'SLA2 and low_bit have no decomposition yet; export a model with method="sla" and low_bit=None'
+        )
     batch, heads, length, dim = query.shape
     kv_heads, group = key.shape[1], heads // key.shape[1]
     spec = Spec(scale, feature_map, linear, block_q, block_k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sla_compile.kernels.spec import critical_count, negligible_count, num_blocks
 
@@ -21,15 +22,19 @@ def route(
     critical_blocks: int | None = None,
     pinned: tuple[int, int] = (0, 0),
     key_bias: Tensor | None = None,
+    router_q: Tensor | None = None,
+    router_k: Tensor | None = None,
 ) -> Tensor:
     """Classifies the blocks of an attention by the pooled scores of their tokens.
 
     ``rank_j(s * meanpool(Q)_i . meanpool(K - mean(K))_j)`` (SLA, arXiv 2509.24006, equation 2 and 3): softmax is
-    monotonic, so the scores are ranked without it. Pooling and scoring are float32 whatever the input is.
+    monotonic, so the scores are ranked without it. Pooling and scoring are float32 whatever the input is. Routers
+    multiply the pooled tokens first: ``(R_q meanpool(Q)_i) . (R_k meanpool(K - mean(K))_j)`` (SLA2, arXiv 2602.12675).
 
     Args:
         query: (B, H, L, D); key: (B, H_kv, L, D), H a multiple of H_kv; any strides.
         key_bias: (B, L) float32, -inf where a key takes no part; those keys are not pooled.
+        router_q, router_k: (D, D) as in nn.Linear, shared by the heads; None is the identity.
 
     Returns:
         int8 (B, H, T_m, T_n), with at least one +1 in each row. The order among equal scores is undefined.
@@ -43,6 +48,10 @@ def route(
     pooled_key, weight = _meanpool(key, block_k, valid)
     # Pooling is linear: the mean over tokens is the count-weighted mean over blocks.
     pooled_key = pooled_key - (pooled_key * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
+    if router_q is not None:
+        pooled_query = F.linear(pooled_query, router_q.float())
+    if router_k is not None:
+        pooled_key = F.linear(pooled_key, router_k.float())
 
     grouped = pooled_query.view(batch, kv_heads, heads // kv_heads * rows, -1)
     scores = (torch.matmul(grouped, pooled_key.transpose(-1, -2)) * scale).view(batch, heads, rows, columns)

@@ -210,7 +210,7 @@ class _Edit:
         if isinstance(scale, fx.Node):
             scalars = (scale, *scalars[1:])
         target = torch.ops.sla_compile.sparse_linear_attention.default
-        node = self.graph.call_function(target, (*operands, *parameters, mask, None, *scalars))
+        node = self.graph.call_function(target, (*operands, *parameters, None, None, None, mask, None, *scalars))
         self._describe(node, output)
         result = self.graph.call_function(operator.getitem, (node, 0))
         self._describe(result, output)

@@ -3,7 +3,7 @@
 out = F.scaled_dot_product_attention(q, k, v)
     becomes
 weight, bias = self.blocks.0.attn1.sla.proj_weight, self.blocks.0.attn1.sla.proj_bias
-out = torch.ops.sla_compile.sparse_linear_attention.default(q, k, v, weight, bias, None, None, ...)[0]
+out = torch.ops.sla_compile.sparse_linear_attention.default(q, k, v, weight, bias, None, ...)[0]
 """
 
 from __future__ import annotations

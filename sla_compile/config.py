@@ -14,6 +14,7 @@ FEATURE_MAPS = ("softmax", "elu", "relu")
 LINEAR_SCOPES = ("marginal", "all", "none")
 BLOCK_Q_SIZES = (64, 128)
 BLOCK_K_SIZES = (64,)
+LOW_BIT = (None, "int8", "fp8")
 MAX_HEAD_DIM = 256
 
 
@@ -38,6 +39,7 @@ class SLAConfig:
         pinned: tokens at the (start, end) of the sequence that stay exact: every query attends to their blocks and
             their queries attend to everything. For joint text and video sequences. An int means the start.
         min_seq_len: shorter sequences, in tokens, stay dense.
+        low_bit: precision of the sparse branch's forward: ``None`` (as the inputs), ``"int8"`` or ``"fp8"``.
 
     Raises:
         ValueError: a value is outside its range or not one of the names above.
@@ -54,6 +56,7 @@ class SLAConfig:
     critical_blocks: int | None = None
     pinned: tuple[int, int] = (0, 0)
     min_seq_len: int = 4096
+    low_bit: str | None = None
 
     def __post_init__(self) -> None:
         _check_share("sparsity", self.sparsity, low_open=True)
@@ -70,6 +73,7 @@ class SLAConfig:
         _check_choice("block_k", self.block_k, BLOCK_K_SIZES)
         if self.critical_blocks is not None:
             _check_count("critical_blocks", self.critical_blocks, minimum=1)
+        _check_choice("low_bit", self.low_bit, LOW_BIT)
         _check_count("min_seq_len", self.min_seq_len, minimum=1)
         pinned = (self.pinned, 0) if isinstance(self.pinned, int) else self.pinned
         if not isinstance(pinned, (tuple, list)) or len(pinned) != 2:

@@ -16,13 +16,14 @@ from torch import Tensor
 from sla_compile.config import SLAConfig
 from sla_compile.kernels.masks import key_bias
 from sla_compile.kernels.routing import route
+from sla_compile.kernels.smoothing import has_complement, token_mean, without_mean
 from sla_compile.kernels.spec import Spec
 
 # NOTE [Implementation version]
 # The compile caches of torch key on an op's name and arguments, not on its body (pytorch#160472): after an upgrade that
 # changes the numbers, an old cache would keep serving whatever Inductor constant-folded or decomposed. The version is
 # an argument of every call, so raising it misses those caches.
-IMPL_VERSION = 1
+IMPL_VERSION = 2
 
 
 @torch.library.custom_op("sla_compile::sparse_linear_attention", mutates_args=())
@@ -32,6 +33,9 @@ def sparse_linear_attention_op(
     value: Tensor,
     proj_weight: Optional[Tensor],
     proj_bias: Optional[Tensor],
+    router_q: Optional[Tensor],
+    router_k: Optional[Tensor],
+    alpha: Optional[Tensor],
     key_padding_mask: Optional[Tensor],
     block_map: Optional[Tensor],
     scale: float,
@@ -44,16 +48,21 @@ def sparse_linear_attention_op(
     linear: str,
     block_q: int,
     block_k: int,
+    low_bit: str,
     impl_version: int,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, L, D) and log-sum-exp of the sparse branch (B, H, L); arguments as in SLAConfig, 0 critical_blocks
-    meaning by share."""
-    spec = Spec(scale, feature_map, linear, block_q, block_k)
-    bias = key_bias(key_padding_mask, query.shape[0], query.shape[2])
-    routing = (sparsity, negligible, critical_blocks, (pinned_first, pinned_last))
-    blocks = _blocks(query, key, block_map, bias, spec, routing)
-    return _kernels(query).forward(
-        query, key, value, blocks, spec, proj_weight=proj_weight, proj_bias=proj_bias, key_bias=bias
+    meaning by share, low_bit "none" for 16 bits. With `alpha` it is SLA2, else SLA."""
+    spec = Spec(scale, feature_map, linear, block_q, block_k, low_bit)
+    routing = (sparsity, negligible, critical_blocks, (pinned_first, pinned_last), router_q, router_k)
+    return _kernels(query, low_bit).forward(
+        query,
+        key,
+        value,
+        spec=spec,
+        proj_weight=proj_weight,
+        proj_bias=proj_bias,
+        **_prepared(query, key, alpha, key_padding_mask, block_map, spec, routing),
     )
 
 
@@ -67,6 +76,9 @@ def sparse_linear_attention_backward_op(
     logsumexp: Tensor,
     proj_weight: Optional[Tensor],
     proj_bias: Optional[Tensor],
+    router_q: Optional[Tensor],
+    router_k: Optional[Tensor],
+    alpha: Optional[Tensor],
     key_padding_mask: Optional[Tensor],
     block_map: Optional[Tensor],
     scale: float,
@@ -79,33 +91,36 @@ def sparse_linear_attention_backward_op(
     linear: str,
     block_q: int,
     block_k: int,
+    low_bit: str,
     impl_version: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, proj_weight and proj_bias; the last two are empty where there is none.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, proj_weight, proj_bias and alpha; the last three are empty where there is none.
 
     The blocks are routed again from the same query and key: the map is cheap to find, and as a saved output its size
     would be a quotient of the length, which torch.export cannot carry for every length.
     """
-    spec = Spec(scale, feature_map, linear, block_q, block_k)
-    bias = key_bias(key_padding_mask, query.shape[0], query.shape[2])
-    routing = (sparsity, negligible, critical_blocks, (pinned_first, pinned_last))
-    blocks = _blocks(query, key, block_map, bias, spec, routing)
-    grads = _kernels(query).backward(
+    spec = Spec(scale, feature_map, linear, block_q, block_k, low_bit)
+    routing = (sparsity, negligible, critical_blocks, (pinned_first, pinned_last), router_q, router_k)
+    prepared = _prepared(query, key, alpha, key_padding_mask, block_map, spec, routing)
+    grads = _kernels(query, low_bit).backward(
         grad_output,
         query,
         key,
         value,
         output,
         logsumexp,
-        blocks,
-        spec,
+        spec=spec,
         proj_weight=proj_weight,
         proj_bias=proj_bias,
-        key_bias=bias,
+        **prepared,
     )
-    grad_query, grad_key, grad_value, *of_parameters = grads[:5]
-    grad_weight, grad_bias = (query.new_empty(0) if grad is None else grad for grad in of_parameters)
-    return grad_query, grad_key, grad_value, grad_weight, grad_bias
+    grad_query, grad_key, grad_value, *of_parameters = grads
+    if alpha is not None:
+        grad_key = without_mean(grad_key, prepared["key_bias"])
+        complement = has_complement(prepared["block_map"], prepared["key_bias"], block_k)
+        of_parameters[2] = (of_parameters[2] * complement).sum_to_size(alpha.shape).to(alpha.dtype)
+    grad_weight, grad_bias, grad_alpha = (query.new_empty(0) if grad is None else grad for grad in of_parameters)
+    return grad_query, grad_key, grad_value, grad_weight, grad_bias, grad_alpha
 
 
 def op_scalars(config: SLAConfig, head_dim: int, scale: float | None) -> tuple:
@@ -120,6 +135,7 @@ def op_scalars(config: SLAConfig, head_dim: int, scale: float | None) -> tuple:
         config.linear,
         config.block_q,
         config.block_k,
+        config.low_bit or "none",
         IMPL_VERSION,
     )
 
@@ -129,39 +145,58 @@ def default_scale(scale: float | None, head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
-def _blocks(
-    query: Tensor, key: Tensor, block_map: Tensor | None, bias: Tensor | None, spec: Spec, routing: tuple
-) -> Tensor:
-    if block_map is not None:
-        return block_map
-    sparsity, negligible, critical_blocks, pinned = routing
-    return route(
-        query,
-        key,
-        scale=spec.scale,
-        block_q=spec.block_q,
-        block_k=spec.block_k,
-        sparsity=sparsity,
-        negligible=negligible,
-        critical_blocks=critical_blocks or None,
-        pinned=pinned,
-        key_bias=bias,
-    )
+def _prepared(
+    query: Tensor,
+    key: Tensor,
+    alpha: Tensor | None,
+    key_padding_mask: Tensor | None,
+    block_map: Tensor | None,
+    spec: Spec,
+    routing: tuple,
+) -> dict[str, Tensor | None]:
+    """What the kernels of both directions take besides the tokens and the projection."""
+    bias = key_bias(key_padding_mask, query.shape[0], query.shape[2])
+    if block_map is None:
+        sparsity, negligible, critical_blocks, pinned, router_q, router_k = routing
+        block_map = route(
+            query,
+            key,
+            scale=spec.scale,
+            block_q=spec.block_q,
+            block_k=spec.block_k,
+            sparsity=sparsity,
+            negligible=negligible,
+            critical_blocks=critical_blocks or None,
+            pinned=pinned,
+            key_bias=bias,
+            router_q=router_q,
+            router_k=router_k,
+        )
+    prepared = {"block_map": block_map, "key_bias": bias, "alpha": None, "key_mean": None}
+    if alpha is not None:
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        prepared["alpha"] = torch.where(has_complement(block_map, bias, spec.block_k), alpha.to(dtype), 1)
+        prepared["key_mean"] = token_mean(key, bias)
+    return prepared
 
 
-def _kernels(query: Tensor) -> ModuleType:
+def _kernels(query: Tensor, low_bit: str) -> ModuleType:
     """The module whose forward and backward run on the tensor's device."""
+    kernels: ModuleType
     if query.device.type == "cuda":
         try:
-            from sla_compile.kernels import gpu
+            from sla_compile.kernels import gpu as kernels
         except ModuleNotFoundError as error:
             raise NotImplementedError(f"CUDA tensors need Triton, which this build of torch lacks: {error}") from error
-        return gpu
-    if query.device.type == "cpu":
-        from sla_compile.kernels import cpu
-
-        return cpu
-    raise NotImplementedError(f"sparse_linear_attention runs on cpu and cuda tensors, got {query.device}")
+    elif query.device.type == "cpu":
+        from sla_compile.kernels import cpu as kernels
+    else:
+        raise NotImplementedError(f"sparse_linear_attention runs on cpu and cuda tensors, got {query.device}")
+    if low_bit not in getattr(kernels, "LOW_BIT", ("none",)):
+        raise NotImplementedError(
+            f'low_bit="{low_bit}" has no kernels for {query.device.type} tensors yet; use low_bit=None'
+        )
+    return kernels
 
 
 def _like_transposed(tensor: Tensor) -> Tensor:
@@ -177,12 +212,14 @@ def _forward_fake(query, key, value, *_):
 
 
 @sparse_linear_attention_backward_op.register_fake
-def _backward_fake(grad_output, query, key, value, output, logsumexp, proj_weight, proj_bias, *_):
-    parameters = (query.new_empty(0) if p is None else p.new_empty(p.shape) for p in (proj_weight, proj_bias))
+def _backward_fake(
+    grad_output, query, key, value, output, logsumexp, proj_weight, proj_bias, router_q, router_k, alpha, *_
+):
+    parameters = (query.new_empty(0) if p is None else p.new_empty(p.shape) for p in (proj_weight, proj_bias, alpha))
     return (*(_like_transposed(t) for t in (query, key, value)), *parameters)
 
 
-_TENSORS = 7  # leading tensor arguments of the forward op, before the scalars
+_TENSORS = 10  # leading tensor arguments of the forward op, before the scalars
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -195,13 +232,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 def _autograd(ctx: Any, grad_output: Tensor | None, _grad_logsumexp: None) -> tuple:
     if grad_output is None:
         return (None,) * (_TENSORS + len(ctx.scalars))
-    query, key, value, proj_weight, proj_bias, mask, block_map, output, logsumexp = ctx.saved_tensors
+    *inputs, output, logsumexp = ctx.saved_tensors
+    query, key, value, proj_weight, proj_bias, _, _, alpha, _, _ = inputs
     grads = torch.ops.sla_compile.sparse_linear_attention_backward(
-        grad_output, query, key, value, output, logsumexp, proj_weight, proj_bias, mask, block_map, *ctx.scalars
+        grad_output, query, key, value, output, logsumexp, *inputs[3:], *ctx.scalars
     )
-    inputs = (query, key, value, proj_weight, proj_bias)
-    kept = (None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=True))
-    return (*kept, *(None,) * (_TENSORS - len(inputs) + len(ctx.scalars)))
+    differentiable = (query, key, value, proj_weight, proj_bias, alpha)
+    *kept, of_alpha = (None if tensor is None else grad for tensor, grad in zip(differentiable, grads, strict=True))
+    # The routers' choice is discrete: they learn in stage 1, outside of the op.
+    return (*kept, None, None, of_alpha, *(None,) * (2 + len(ctx.scalars)))
 
 
 sparse_linear_attention_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -62,7 +62,8 @@ def test_static_length(case, strict):
 @pytest.mark.parametrize("length", [65, 128])
 def test_logsumexp(length):
     for case in (CASES[1], CASES[4], BLOCK_MAP):
-        query, key, value, *rest = case.inputs(length)
+        query, key, value, weight, bias, mask, block_map = case.inputs(length)
+        rest = (weight, bias, None, None, None, mask, block_map)
         scalars = (0.2, *sla_compile.ops.op_scalars(case.config, 12, None)[1:])
         _, result = decomposed.forward(query, key, value, *rest, *scalars)
         _, expected = torch.ops.sla_compile.sparse_linear_attention(query, key, value, *rest, *scalars)
@@ -74,10 +75,10 @@ def test_low_precision(dtype):
     query, key, value, weight, bias, *_ = CASES[0].inputs(200)
     scalars = sla_compile.ops.op_scalars(CASES[0].config, 12, None)
     tokens = [t.to(dtype) for t in (query, key, value)]
-    result, _ = decomposed.forward(*tokens, weight, bias, None, None, *scalars)
-    expected, _ = torch.ops.sla_compile.sparse_linear_attention(*tokens, weight, bias, None, None, *scalars)
+    result, _ = decomposed.forward(*tokens, weight, bias, *[None] * 5, *scalars)
+    expected, _ = torch.ops.sla_compile.sparse_linear_attention(*tokens, weight, bias, *[None] * 5, *scalars)
     exact, _ = torch.ops.sla_compile.sparse_linear_attention(
-        *(t.float() for t in tokens), weight, bias, None, None, *scalars
+        *(t.float() for t in tokens), weight, bias, *[None] * 5, *scalars
     )
     assert result.dtype == dtype
     rounding = torch.finfo(dtype).eps

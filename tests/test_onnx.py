@@ -85,8 +85,11 @@ def test_unused_statistics_are_gone_and_used_ones_right(tmp_path):
     scalars = (0.2, *sla_compile.ops.op_scalars(case.config, 12, None)[1:])
 
     class Statistics(torch.nn.Module):
-        def forward(self, *inputs):
-            return torch.ops.sla_compile.sparse_linear_attention(*inputs, *scalars)[1]
+        def forward(self, query, key, value, weight, bias, *rest):
+            routers_and_alpha = (None, None, None)
+            return torch.ops.sla_compile.sparse_linear_attention(
+                query, key, value, weight, bias, *routers_and_alpha, *rest, *scalars
+            )[1]
 
     for number in (1, 3):  # also one with pinned tokens
         case = CASES[number]

@@ -37,7 +37,19 @@ def make_projection(dim=16, dtype=torch.float32, bias=True):
 
 
 def op_args(query, key, value, weight, bias, mask=None, block_map=None, config=CONFIG, scale=None):
-    return (query, key, value, weight, bias, mask, block_map, *op_scalars(config, query.shape[-1], scale))
+    return (
+        query,
+        key,
+        value,
+        weight,
+        bias,
+        None,
+        None,
+        None,
+        mask,
+        block_map,
+        *op_scalars(config, query.shape[-1], scale),
+    )
 
 
 CASES = {

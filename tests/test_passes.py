@@ -256,7 +256,7 @@ def test_choices_by_owner():
     assert [(site.rewritten, site.reason) for site in sites] == [(True, ""), (True, ""), (False, "excluded")]
     assert ops(graph) == 2
     assert F.scaled_dot_product_attention in targets(graph)
-    assert all(node.args[8] == 0.9 for node in graph.graph.nodes if node.target is OP)
+    assert all(node.args[11] == 0.9 for node in graph.graph.nodes if node.target is OP)
     assert recorded_sites(graph) == sites
 
 

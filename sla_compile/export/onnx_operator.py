@@ -36,9 +36,14 @@ def translation(rows_per_step: int) -> Callable:
 
     # Without annotations: the exporter takes those for an ONNX signature, and warns of others.
     def sparse_linear_attention(
-        query, key, value, proj_weight, proj_bias, key_padding_mask, block_map, scale, sparsity, negligible,
-        critical_blocks, pinned_first, pinned_last, feature_map, linear, block_q, block_k, impl_version,
+        query, key, value, proj_weight, proj_bias, router_q, router_k, alpha, key_padding_mask, block_map, scale,
+        sparsity, negligible, critical_blocks, pinned_first, pinned_last, feature_map, linear, block_q, block_k,
+        low_bit, impl_version,
     ):  # fmt: skip
+        if alpha is not None or router_q is not None or router_k is not None or low_bit != "none":
+            raise NotImplementedError(
+                'SLA2 and low_bit have no ONNX form yet; export a model with method="sla" and low_bit=None'
+            )
         spec = Spec(scale, feature_map, linear, block_q, block_k)
         recorder: Any = evaluator.default()  # the exporter's
         build = Builder(recorder.nodes, f"sla_{query.name}")
