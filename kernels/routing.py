@@ -42,12 +42,7 @@ def route(
     batch, heads, length, _ = query.shape
     kv_heads = key.shape[1]
     rows, columns = num_blocks(length, block_q), num_blocks(length, block_k)
-    valid = None if key_bias is None else key_bias > -torch.inf
-
-    pooled_query = _meanpool(query, block_q, None)[0]
-    pooled_key, weight = _meanpool(key, block_k, valid)
-    # Pooling is linear: the mean over tokens is the count-weighted mean over blocks.
-    pooled_key = pooled_key - (pooled_key * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
+    pooled_query, pooled_key, weight = pooled_tokens(query, key, block_q, block_k, key_bias)
     if router_q is not None:
         pooled_query = F.linear(pooled_query, router_q.float())
     if router_k is not None:
@@ -55,7 +50,7 @@ def route(
 
     grouped = pooled_query.view(batch, kv_heads, heads // kv_heads * rows, -1)
     scores = (torch.matmul(grouped, pooled_key.transpose(-1, -2)) * scale).view(batch, heads, rows, columns)
-    if valid is not None:
+    if key_bias is not None:
         scores = scores.masked_fill((weight == 0).transpose(-1, -2), -torch.inf)
 
     pinned_columns = pinned_blocks(length, block_k, pinned, query.device)
@@ -77,6 +72,18 @@ def route(
         block_map.masked_fill_(pinned_columns, 1)
         block_map.masked_fill_(pinned_blocks(length, block_q, pinned, query.device)[:, None], 1)
     return block_map
+
+
+def pooled_tokens(
+    query: Tensor, key: Tensor, block_q: int, block_k: int, key_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 means of the query blocks (B, H, T_m, D) and, less their mean, of the key blocks (B, H_kv, T_n, D), and
+    how many keys of each block take part (B or 1, 1, T_n, 1). No gradient goes through them."""
+    pooled_query = _meanpool(query, block_q, None)[0]
+    pooled_key, weight = _meanpool(key, block_k, None if key_bias is None else key_bias > -torch.inf)
+    # Pooling is linear: the mean over tokens is the count-weighted mean over blocks.
+    pooled_key = pooled_key - (pooled_key * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
+    return pooled_query, pooled_key, weight
 
 
 def pinned_first_last(length: int, block: int, pinned: tuple[int, int]) -> tuple[int, int, int]:

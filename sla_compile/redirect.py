@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import types
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,8 @@ class Redirection:
         multi_head: the owner is an nn.MultiheadAttention.
         dense_reason: the owner is only shielded from an enclosing one; its calls stay dense.
         seen: query shape, number of keys, reason for staying dense (or None) of the last eager call.
+        observer: called inside sla_compile.dense with the reason why the call would stay dense outside, or None, and
+            its query, key, value, mask and scale; set while sla_compile.calibrate collects them.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Redirection:
     multi_head: bool = False
     dense_reason: str | None = None
     seen: tuple[tuple[int, ...], int, str | None] | None = None
+    observer: Callable[..., None] | None = None
 
 
 class _AttentionMode(TorchFunctionMode):
@@ -84,12 +88,15 @@ class _AttentionMode(TorchFunctionMode):
         sla = self.sla
         if sla is None:
             reason = self.redirection.dense_reason
-        elif sla.dense:
+        elif sla.dense and self.redirection.observer is None:
             reason = "inside sla_compile.dense"
         elif self.second is not None and not _is_joint(query, *self.second):
             reason = "cross-attention: a second sequence was passed"
         else:
             reason = why_dense(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, sla.config)
+        if sla is not None and sla.dense and self.redirection.observer is not None:
+            self.redirection.observer(reason, query, key, value, attn_mask, scale)
+            reason = "inside sla_compile.dense"
         if not (torch.compiler.is_compiling() or (sla is not None and sla.dense)):
             self.redirection.seen = (tuple(query.shape), key.shape[-2], reason)
         if sla is not None and reason is None:
