@@ -23,10 +23,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import torch
 import zoo
 from export_cases import build_runner, difference, run_python, run_runner
+from export_tensorrt import ROWS_PER_STEP, build_engine
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
@@ -44,7 +46,9 @@ MODELS = {
 }
 COLUMNS = (
     "strict", "not strict", "dynamic", ".pt2 reloaded", "AOTI Python", "AOTI C++", "onnx.checker", "ONNX Runtime",
+    "TensorRT-RTX",
 )  # fmt: skip
+SHOWN = {"onnx.checker": "passes", "TensorRT-RTX": "{:.1f} MiB"}  # differences in the others
 LEGEND = """
 * **strict**, **not strict**: `torch.export.export` with the one length; **dynamic**: not strict, with every size
   dynamic that differs between short and long inputs (DiT: the batch, since its position embeddings fix the length),
@@ -53,6 +57,7 @@ LEGEND = """
 * **AOTI Python**: `sla_compile.export.aoti`, loaded in a fresh process that does not import sla_compile; **AOTI C++**:
   by a program that is not linked with Python.
 * **onnx.checker**: of the file of `sla_compile.export.onnx`, with full_check; **ONNX Runtime**: on the CPU.
+* **TensorRT-RTX**: size of the engine built from such a file for sm_89 and sm_120; there was no GPU to run it.
 
 Differences are the largest of all outputs and sizes, relative to the output's largest value. The eager model runs in
 the CPU kernels, as the first four columns do; the others are other code.
@@ -123,6 +128,7 @@ class Model:
             self.aoti_cpp,
             self.onnx,
             self.onnx_runtime,
+            self.tensorrt,
         ]
 
     def worst(self, run: Callable, calls: int = 3) -> float:
@@ -195,6 +201,20 @@ class Model:
 
         return max(_difference(run(call), out) for call, out in zip(self.calls, self.expected, strict=True))
 
+    def tensorrt(self) -> float:
+        """MiB of an engine for two GPUs, neither of which is here to run it."""
+        file = self.folder / "for_tensorrt.onnx"
+        if self.accelerated:
+            sla_compile.export.onnx(self.dynamic(), file, rows_per_step=ROWS_PER_STEP)
+        else:
+            file = self.folder / "model.onnx"
+        calls = [_tensors(self.dynamic(), call) for call in self.calls]
+        shapes = {}
+        for name, usual in calls[0].items():
+            every = [call[name].shape for call in calls]
+            shapes[name] = tuple(map(min, *every)), tuple(usual.shape), tuple(map(max, *every))
+        return len(build_engine(file, shapes, ("89", "120"))) / 2**20
+
 
 _COMPARE = """
 worst = 0.0
@@ -265,10 +285,10 @@ def markdown(rows: dict[str, dict[str, float | str]]) -> str:
                 notes.append(f"{title}, {column}: {cell}")
                 shown.append(f"fails [{len(notes)}]")
             else:
-                shown.append("passes" if column == "onnx.checker" else f"{cell:.1e}")
+                shown.append(SHOWN.get(column, "{:.1e}").format(cell))
         lines.append(f"| {title} | " + " | ".join(shown) + " |")
     lines += [""] * bool(notes) + [f"[{index}] {note}  " for index, note in enumerate(notes, 1)]
-    packages = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
+    packages = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "tensorrt_rtx_cu13_libs")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return "\n".join([*lines, LEGEND, versions, ""])
 

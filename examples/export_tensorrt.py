@@ -20,11 +20,11 @@ import sla_compile.export
 ROWS_PER_STEP = 256  # of the loop over critical blocks: a GPU wants more work at once than a CPU
 
 
-def build_engine(onnx_path: Path, lengths: tuple[int, int, int], capabilities: tuple[str, ...]) -> bytes:
+def build_engine(onnx_path: Path, shapes: dict[str, tuple], capabilities: tuple[str, ...]) -> bytes:
     """The serialized engine of an ONNX file.
 
     Args:
-        lengths: smallest, usual and largest value of dynamic sizes.
+        shapes: smallest, usual and largest shape of each input that has dynamic sizes.
         capabilities: compute capabilities of the GPUs it is for, such as "89".
 
     Raises:
@@ -44,12 +44,11 @@ def build_engine(onnx_path: Path, lengths: tuple[int, int, int], capabilities: t
     config.num_compute_capabilities = len(capabilities)
     for index, capability in enumerate(capabilities):
         config.set_compute_capability(getattr(tensorrt.ComputeCapability, f"SM{capability}"), index)
-    profile = builder.create_optimization_profile()
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    for entry in inputs:
-        if -1 in tuple(entry.shape):
-            profile.set_shape(entry.name, *([n if size == -1 else size for size in entry.shape] for n in lengths))
-    if any(-1 in tuple(entry.shape) for entry in inputs):
+    dynamic = [entry for entry in map(network.get_input, range(network.num_inputs)) if -1 in tuple(entry.shape)]
+    if dynamic:
+        profile = builder.create_optimization_profile()
+        for entry in dynamic:
+            profile.set_shape(entry.name, *shapes[entry.name])
         config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
@@ -87,7 +86,8 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
     for name, shapes in (("static", None), ("dynamic", {"x": {1: tokens}})):
         path = folder / f"{name}.onnx"
         sla_compile.export.onnx(model, path, inputs, dynamic_shapes=shapes, rows_per_step=ROWS_PER_STEP)
-        engine = build_engine(path, (min(lengths), lengths[0], max(lengths)), tuple(given.capabilities))
+        profile = {"x": tuple(model.make_inputs(n)[0].shape for n in (min(lengths), lengths[0], max(lengths)))}
+        engine = build_engine(path, profile, tuple(given.capabilities))
         path.with_suffix(".engine").write_bytes(engine)
         sizes[name] = len(engine)
         print(f"{name} length: an engine of {len(engine) / 2**20:.1f} MiB for sm_{', sm_'.join(given.capabilities)}")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 pytest.importorskip("diffusers")
 FOLDER = Path(__file__).parent.parent / "examples"
+EXPORT_PAGE = FOLDER.parent / "docs" / "export.md"
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +59,19 @@ def test_export_onnx(tmp_path):
 def test_export_pt2(tmp_path):
     assert load(FOLDER / "export_pt2.py").main(["--small", "--output", str(tmp_path)]) < 1e-5
     assert {path.name for path in tmp_path.iterdir()} == {"program.pt2", "core_aten.pt2", "compiled.pt2"}
+
+
+@pytest.mark.filterwarnings("ignore")  # of diffusers and the exporters
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which AOTInductor compiles with")
+def test_export_page(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```$", EXPORT_PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    names = {"__name__": "export_page"}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{EXPORT_PAGE.name}, block {number}", "exec"), names)
+    with torch.no_grad():
+        torch.testing.assert_close(names["video"].sample, names["model"](**names["inputs"]).sample)
+    files = ("wan.pt2", "wan_core_aten.pt2", "wan_compiled.pt2", "wan.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == set(files)

@@ -166,6 +166,13 @@ def test_length_outside_of_a_static_file(tmp_path):
         run(path, *make_inputs(333))
 
 
+def test_length_outside_of_the_exported_range(tmp_path):
+    """A file holds no ranges, and is right at any length."""
+    model = network()
+    path = file_of(model, tmp_path / "network.onnx", make_inputs(200), NETWORK_SHAPES)
+    assert difference(run(path, *make_inputs(5000)), model(*make_inputs(5000)).detach()) < TOLERANCE
+
+
 def test_errors_leave_the_file_that_was_there(tmp_path, monkeypatch):
     path, inputs = tmp_path / "network.onnx", make_inputs(200)
     path.write_bytes(b"before")
@@ -198,6 +205,8 @@ def test_bfloat16_where_it_is_wanted(tmp_path):
     path = file_of(network().bfloat16(), tmp_path / "network.onnx", inputs, bfloat16=True)
     types = {entry.type.tensor_type.elem_type for entry in onnx.load(path).graph.input}
     assert types == {onnx.TensorProto.BFLOAT16}
+    with pytest.raises(Exception, match="Could not find an implementation for"):  # as the error without it says
+        onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
 def test_from_a_program(tmp_path):
