@@ -88,15 +88,18 @@ def _split(options: Mapping[str, Any]) -> tuple[SLAConfig, Any, Callable[[list[S
     fields = {name: rest.pop(name) for name in sorted(_FIELDS & rest.keys())}
     config = rest.pop("config", None)
     if config is None:
-        config = SLAConfig(**{"linear": "none", **fields})
+        config = SLAConfig(**fields if fields.get("method", "sla") != "sla" else {"linear": "none", **fields})
     elif fields:
         raise ValueError(f'options has "config" and {sorted(fields)}; give one or the other')
     if not isinstance(config, SLAConfig):
         raise TypeError(f"options['config'] must be an SLAConfig, got {type(config).__name__}")
-    if config.has_projection:
+    if config.has_parameters:
+        what = (
+            'method="sla2" has alpha and a router' if config.has_alpha else f'linear="{config.linear}" has a projection'
+        )
         raise ValueError(
-            f'the backend "sla" adds no parameters, but linear="{config.linear}" has a projection to train; use '
-            'linear="none", or sla_compile.accelerate(model) before torch.compile'
+            f'the backend "sla" adds no parameters, but {what} to train; use method="sla" with linear="none", or '
+            "sla_compile.accelerate(model) before torch.compile"
         )
     return config, inner, on_report, rest
 

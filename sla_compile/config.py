@@ -9,11 +9,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-METHODS = ("sla",)
+METHODS = ("sla", "sla2")
 FEATURE_MAPS = ("softmax", "elu", "relu")
 LINEAR_SCOPES = ("marginal", "all", "none")
 BLOCK_Q_SIZES = (64, 128)
 BLOCK_K_SIZES = (64,)
+ALPHA_SHARING = ("head", "block")
 LOW_BIT = (None, "int8", "fp8")
 MAX_HEAD_DIM = 256
 
@@ -25,13 +26,15 @@ class SLAConfig:
     Args:
         sparsity: share of key blocks, in (0, 1), that is *not* computed exactly; 0.95 keeps 5 % of the blocks
             of every query block (SLA, arXiv 2509.24006, section 4: ``k_h = 1 - sparsity``).
-        negligible: share of key blocks, in [0, 1), that is skipped altogether (``k_l``); the paper's 10 %.
-        method: ``"sla"``.
+        negligible: share of key blocks, in [0, 1), that is skipped altogether (``k_l``). ``None`` is the method's own:
+            10 % for SLA, as in the paper, and none for SLA2, which has no such class.
+        method: ``"sla"``, ``O_s + O_l W^T + b``, or ``"sla2"`` (arXiv 2602.12675), ``alpha O_s + (1 - alpha) O_l`` over
+            keys without their mean, with a router's choice of blocks.
         feature_map: feature map of the linear branch, over the head dimension: ``"softmax"`` (the paper's),
             ``"elu"`` (elu(x) + 1) or ``"relu"``.
         linear: which keys the linear branch sums: ``"marginal"`` blocks (the paper), ``"all"`` keys (public
             checkpoints of the authors), or ``"none"``, block-sparse attention without a linear branch, which needs
-            no training and has no parameters.
+            no training and has no parameters (SLA only).
         block_q: tokens of a query block, 64 or 128.
         block_k: tokens of a key block, 64.
         critical_blocks: number of critical blocks of a row, instead of ``sparsity``; ``None`` derives it from the
@@ -39,6 +42,8 @@ class SLAConfig:
         pinned: tokens at the (start, end) of the sequence that stay exact: every query attends to their blocks and
             their queries attend to everything. For joint text and video sequences. An int means the start.
         min_seq_len: shorter sequences, in tokens, stay dense.
+        alpha_per: what shares an alpha of SLA2: a whole ``"head"``, which fits every length, or a head's query
+            ``"block"`` (the paper), which binds the parameters to one length.
         low_bit: precision of the sparse branch's forward: ``None`` (as the inputs), ``"int8"`` or ``"fp8"``.
 
     Raises:
@@ -47,7 +52,7 @@ class SLAConfig:
     """
 
     sparsity: float = 0.95
-    negligible: float = 0.10
+    negligible: float = None  # type: ignore[assignment]  # a number from __post_init__ on
     method: str = "sla"
     feature_map: str = "softmax"
     linear: str = "marginal"
@@ -56,9 +61,13 @@ class SLAConfig:
     critical_blocks: int | None = None
     pinned: tuple[int, int] = (0, 0)
     min_seq_len: int = 4096
+    alpha_per: str = "head"
     low_bit: str | None = None
 
     def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        if self.negligible is None:
+            object.__setattr__(self, "negligible", 0.0 if self.has_alpha else 0.10)
         _check_share("sparsity", self.sparsity, low_open=True)
         _check_share("negligible", self.negligible, low_open=False)
         if self.negligible > self.sparsity:
@@ -66,9 +75,10 @@ class SLAConfig:
                 f"negligible={self.negligible} exceeds sparsity={self.sparsity}: the skipped blocks are part of the "
                 "sparse ones; lower negligible or raise sparsity"
             )
-        _check_choice("method", self.method, METHODS)
         _check_choice("feature_map", self.feature_map, FEATURE_MAPS)
         _check_choice("linear", self.linear, LINEAR_SCOPES)
+        _check_choice("alpha_per", self.alpha_per, ALPHA_SHARING)
+        self._check_method()
         _check_choice("block_q", self.block_q, BLOCK_Q_SIZES)
         _check_choice("block_k", self.block_k, BLOCK_K_SIZES)
         if self.critical_blocks is not None:
@@ -84,13 +94,42 @@ class SLAConfig:
         object.__setattr__(self, "sparsity", float(self.sparsity))
         object.__setattr__(self, "negligible", float(self.negligible))
 
+    def _check_method(self) -> None:
+        """Raises ValueError for what the other method has."""
+        if not self.has_alpha:
+            if self.alpha_per != "head":
+                raise ValueError(f'alpha_per="{self.alpha_per}" is for method="sla2": SLA has no alpha')
+            return
+        if self.negligible:
+            raise ValueError(
+                f'negligible={self.negligible} is for method="sla": SLA2\'s linear branch sums all blocks that are not '
+                "critical; leave negligible out"
+            )
+        if self.linear == "none":
+            raise ValueError(
+                'linear="none" leaves alpha nothing to weigh; use method="sla" with linear="none" for block-sparse '
+                'attention alone, or linear="marginal" for SLA2'
+            )
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether it is SLA2, which has alpha and a router and no projection."""
+        return self.method == "sla2"
+
     @property
     def has_projection(self) -> bool:
-        """Whether a call needs the learnable projection of the linear branch."""
-        return self.linear != "none"
+        """Whether a call needs the learnable projection of SLA's linear branch."""
+        return self.linear != "none" and not self.has_alpha
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether an attention gets parameters at all."""
+        return self.has_alpha or self.has_projection
 
     def replace(self, **changes: Any) -> SLAConfig:
-        """A copy with some fields changed, validated anew."""
+        """A copy with some fields changed, validated anew. Another `method` comes with its own defaults."""
+        if changes.get("method", self.method) != self.method:
+            changes = {"negligible": None, "alpha_per": "head", **changes}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
