@@ -29,20 +29,27 @@ def reference_attention(
     proj_weight: Tensor | None = None,
     proj_bias: Tensor | None = None,
     key_bias: Tensor | None = None,
+    alpha: Tensor | None = None,
+    key_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sparse-linear attention (SLA, arXiv 2509.24006, equations 4 to 6) over a given block map.
+    """Sparse-linear attention over a given block map: SLA's ``O_s + O_l W^T + b`` (arXiv 2509.24006, equations 4 to 6),
+    or with `alpha` SLA2's ``alpha O_s + (1 - alpha) O_l`` (arXiv 2602.12675).
 
     Args:
         query: (B, H, L, D); key, value: (B, H_kv, L, D), H a multiple of H_kv.
         block_map: (B, H, T_m, T_n) in {1, 0, -1}.
-        proj_weight: (D, D), proj_bias: (D): the projection of the linear branch.
+        proj_weight: (D, D), proj_bias: (D): the projection of SLA's linear branch.
         key_bias: (B, L), added to the scores of a key; its exponential weighs the key in the linear branch.
+        alpha: (B, H, T_m), 1 where a row has no marginal block with a key that takes part.
+        key_mean: (B, H_kv, D), subtracted from the keys before the feature map.
 
     Returns:
         output (B, H, L, D) and the log-sum-exp of the sparse branch's scaled scores (B, H, L); a row that no key
         takes part in is zero, with log-sum-exp -inf.
     """
     heads, length = query.shape[1], query.shape[2]
+    smooth = key if key_mean is None else key - key_mean[:, :, None]
+    smooth = smooth.repeat_interleave(heads // key.shape[1], 1)
     key = key.repeat_interleave(heads // key.shape[1], 1)
     value = value.repeat_interleave(heads // value.shape[1], 1)
     tokens = block_map.repeat_interleave(spec.block_q, 2)[:, :, :length]
@@ -57,13 +64,16 @@ def reference_attention(
     output = probabilities @ value
     if spec.linear == "none":
         return output, logsumexp
-    if proj_weight is None:
-        raise ValueError(f'linear="{spec.linear}" needs proj_weight')
+    if proj_weight is None and alpha is None:
+        raise ValueError(f'linear="{spec.linear}" needs proj_weight or alpha')
 
     selected = torch.ones_like(tokens) if spec.linear == "all" else tokens == 0
-    weights = feature(query, spec.feature_map) @ feature(key, spec.feature_map).transpose(-1, -2)
+    weights = feature(query, spec.feature_map) @ feature(smooth, spec.feature_map).transpose(-1, -2)
     weights = weights * selected * bias.exp()
     denominator = weights.sum(-1, keepdim=True) + spec.epsilon
     defined = denominator > MIN_DENOMINATOR
     linear = (weights @ value) / denominator.where(defined, 1) * defined
-    return output + F.linear(linear, proj_weight, proj_bias), logsumexp
+    if alpha is None:
+        return output + F.linear(linear, proj_weight, proj_bias), logsumexp
+    share = alpha.repeat_interleave(spec.block_q, 2)[:, :, :length, None]
+    return share * output + (1 - share) * linear, logsumexp

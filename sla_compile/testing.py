@@ -26,6 +26,7 @@ from sla_compile.examine import Examination, examine
 from sla_compile.functional import route
 from sla_compile.kernels.masks import key_bias
 from sla_compile.kernels.reference import reference_attention
+from sla_compile.kernels.smoothing import has_complement, token_mean
 from sla_compile.kernels.spec import Spec
 from sla_compile.ops import default_scale
 from sla_compile.passes.sites import Site
@@ -175,6 +176,9 @@ def reference(
     config: SLAConfig,
     proj_weight: Tensor | None = None,
     proj_bias: Tensor | None = None,
+    router_q: Tensor | None = None,
+    router_k: Tensor | None = None,
+    alpha: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     block_map: Tensor | None = None,
@@ -187,17 +191,23 @@ def reference(
         (B, H, L, D), float64.
     """
     if block_map is None:
-        grouped = query.shape[1] != key.shape[1]
-        mask = key_padding_mask
-        block_map = route(query, key, config=config, key_padding_mask=mask, scale=scale, enable_gqa=grouped)
+        block_map = route(
+            query, key, config=config, router_q=router_q, router_k=router_k, key_padding_mask=key_padding_mask,
+            scale=scale, enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
     scale = default_scale(scale, query.shape[-1])
     spec = Spec(scale, config.feature_map, config.linear, config.block_q, config.block_k)
     bias = key_bias(key_padding_mask, query.shape[0], query.shape[2])
     weight, shift = (None if tensor is None else tensor.double() for tensor in (proj_weight, proj_bias))
     query, key, value = query.double(), key.double(), value.double()
-    return reference_attention(query, key, value, block_map, spec, proj_weight=weight, proj_bias=shift, key_bias=bias)[
-        0
-    ]
+    share = mean = None
+    if alpha is not None:
+        share = torch.where(has_complement(block_map, bias, config.block_k), alpha.double(), 1)
+        mean = token_mean(key, bias)
+    return reference_attention(
+        query, key, value, block_map, spec, proj_weight=weight, proj_bias=shift, key_bias=bias, alpha=share,
+        key_mean=mean,
+    )[0]  # fmt: skip
 
 
 def error_over_budget(result: Tensor, exact: Tensor, eager: Tensor, *, tokens: int, scale: float = 0.0) -> float:
