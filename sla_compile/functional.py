@@ -21,23 +21,31 @@ def sparse_linear_attention(
     config: SLAConfig,
     proj_weight: Tensor | None = None,
     proj_bias: Tensor | None = None,
+    router_q: Tensor | None = None,
+    router_k: Tensor | None = None,
+    alpha: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
     block_map: Tensor | None = None,
 ) -> Tensor:
-    """Sparse-linear attention, ``O = O_s + O_l W^T + b`` (SLA, arXiv 2509.24006, equations 4 to 6).
+    """Sparse-linear attention: ``O = O_s + O_l W^T + b`` (SLA, arXiv 2509.24006, equations 4 to 6), or with
+    ``config.method="sla2"`` ``O = alpha O_s + (1 - alpha) O_l`` (SLA2, arXiv 2602.12675).
 
     ``O_s`` is exact attention over the critical blocks of each query block; ``O_l`` is linear attention over the
-    marginal blocks (``config.linear="marginal"``) or all keys (``"all"``).
+    marginal blocks (``config.linear="marginal"``) or all keys (``"all"``). SLA2 takes the keys less their mean over the
+    tokens that take part, and is exact attention where a query block has nothing marginal left.
 
     Args:
         query: (B, H, L, D), D at most 256, float16, bfloat16 or float32 (float64 on the CPU); any strides.
         key, value: (B, H, L, D), or with `enable_gqa` (B, H_kv, L, D) where H is a multiple of H_kv.
         config: what is critical, marginal and negligible; `min_seq_len` is not looked at here.
-        proj_weight: (D, D) as in nn.Linear, any floating dtype, computed in float32; needed unless
+        proj_weight: (D, D) as in nn.Linear, any floating dtype, computed in float32; SLA needs it unless
             ``config.linear="none"``.
         proj_bias: (D).
+        router_q, router_k: (D, D) as in nn.Linear, both or neither; they multiply SLA2's pooled queries and keys before
+            these are ranked. None is the identity, SLA's own choice. They get no gradient: the choice is discrete.
+        alpha: (H, 1) or (H, ceil(L / block_q)), values from 0 to 1 (checked on the CPU); SLA2 needs it.
         key_padding_mask: broadcastable to (B, 1, 1, L); bool, True takes part, or floating point, added to the scores.
             It gets no gradient. A batch entry without any valid key gives zeros.
         scale: factor of the scores; default 1/sqrt(D).
@@ -51,7 +59,9 @@ def sparse_linear_attention(
         ValueError, TypeError, NotImplementedError: an argument does not fit; the text says which and how.
     """
     _check_inputs(query, key, value, enable_gqa, key_padding_mask)
-    _check_parameters(query, proj_weight, proj_bias, config)
+    _check_projection(query, proj_weight, proj_bias, config)
+    _check_routers(query, router_q, router_k, config)
+    _check_alpha(query, alpha, config)
     if block_map is not None:
         _check_block_map(block_map, query, config)
     output, _ = torch.ops.sla_compile.sparse_linear_attention(
@@ -60,9 +70,9 @@ def sparse_linear_attention(
         value,
         proj_weight,
         proj_bias,
-        None,
-        None,
-        None,
+        router_q,
+        router_k,
+        alpha,
         key_padding_mask,
         block_map,
         *op_scalars(config, query.shape[-1], scale),
@@ -75,6 +85,8 @@ def route(
     key: Tensor,
     *,
     config: SLAConfig,
+    router_q: Tensor | None = None,
+    router_k: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -84,6 +96,7 @@ def route(
     1 is critical, 0 marginal, -1 negligible (SLA, arXiv 2509.24006, equations 2 and 3). Arguments as there.
     """
     _check_inputs(query, key, key, enable_gqa, key_padding_mask)
+    _check_routers(query, router_q, router_k, config)
     return _route(
         query,
         key,
@@ -95,6 +108,8 @@ def route(
         critical_blocks=config.critical_blocks,
         pinned=config.pinned,
         key_bias=key_bias(key_padding_mask, query.shape[0], query.shape[2]),
+        router_q=router_q,
+        router_k=router_k,
     )
 
 
@@ -146,26 +161,82 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, m
             )
 
 
-def _check_parameters(query: Tensor, weight: Tensor | None, bias: Tensor | None, config: SLAConfig) -> None:
+def _check_projection(query: Tensor, weight: Tensor | None, bias: Tensor | None, config: SLAConfig) -> None:
     dim = query.shape[3]
     if not config.has_projection:
         if weight is not None or bias is not None:
-            raise ValueError('proj_weight and proj_bias belong to the linear branch, which linear="none" leaves out')
+            raise ValueError(
+                'proj_weight and proj_bias are for method="sla": SLA2 has no projection'
+                if config.has_alpha
+                else 'proj_weight and proj_bias belong to the linear branch, which linear="none" leaves out'
+            )
         return
     if weight is None:
         raise ValueError(
             f'linear="{config.linear}" needs proj_weight of shape ({dim}, {dim}); pass one, or linear="none" for '
             "block-sparse attention alone"
         )
-    for name, parameter, shape in (("proj_weight", weight, (dim, dim)), ("proj_bias", bias, (dim,))):
-        if parameter is None:
-            continue
-        if tuple(parameter.shape) != shape or not parameter.is_floating_point():
-            raise ValueError(
-                f"{name} must be floating point of shape {shape}, got {parameter.dtype} of {tuple(parameter.shape)}"
-            )
-        if parameter.device != query.device:
-            raise ValueError(f"query is on {query.device} but {name} is on {parameter.device}")
+    _check_parameter(query, "proj_weight", weight, (dim, dim))
+    if bias is not None:
+        _check_parameter(query, "proj_bias", bias, (dim,))
+
+
+def _check_routers(query: Tensor, router_q: Tensor | None, router_k: Tensor | None, config: SLAConfig) -> None:
+    if router_q is None and router_k is None:
+        return
+    if not config.has_alpha:
+        raise ValueError('router_q and router_k are for method="sla2"; SLA ranks the pooled tokens as they are')
+    if router_q is None or router_k is None:
+        missing = "router_q" if router_q is None else "router_k"
+        raise ValueError(f"{missing} is missing: pass both routers, or neither for the identity")
+    dim = query.shape[3]
+    _check_parameter(query, "router_q", router_q, (dim, dim))
+    _check_parameter(query, "router_k", router_k, (dim, dim))
+
+
+def _check_alpha(query: Tensor, alpha: Tensor | None, config: SLAConfig) -> None:
+    if not config.has_alpha:
+        if alpha is not None:
+            raise ValueError('alpha is for method="sla2"; SLA adds its branches and needs none')
+        return
+    heads, blocks = query.shape[1], num_blocks(query.shape[2], config.block_q)
+    if alpha is None:
+        raise ValueError(
+            f'method="sla2" needs alpha, the weight of the sparse branch: ({heads}, 1), or ({heads}, {blocks}) for '
+            "each query block"
+        )
+    problem = why_alpha_does_not_fit(alpha, query, config)
+    if problem:
+        raise ValueError(problem)
+    _check_parameter(query, "alpha", alpha, tuple(alpha.shape))
+    # The values can only be read outside of a trace, and reading them from a GPU would hold it up in every call.
+    if alpha.device.type == "cpu" and not torch.compiler.is_compiling():
+        with torch.no_grad():
+            if not ((alpha >= 0) & (alpha <= 1)).all():
+                raise ValueError("alpha weighs two branches and must be between 0 and 1; pass torch.sigmoid(logit)")
+
+
+def why_alpha_does_not_fit(alpha: Tensor, query: Tensor, config: SLAConfig) -> str | None:
+    """Why an alpha or its logit is not for this (B, H, L, D) query, or None where it is."""
+    heads, length = query.shape[1], query.shape[2]
+    if alpha.dim() != 2 or alpha.shape[0] != heads:
+        return f"alpha must be ({heads}, 1) or ({heads}, query blocks) for {heads} heads, got {tuple(alpha.shape)}"
+    if alpha.shape[1] != 1 and alpha.shape[1] != num_blocks(length, config.block_q):
+        return (
+            f"alpha is for sequences of {alpha.shape[1]} query blocks, but {length} tokens are "
+            f"{num_blocks(length, config.block_q)} blocks of {config.block_q}; an alpha for each block is bound to one "
+            'length, use alpha_per="head" for others'
+        )
+    return None
+
+
+def _check_parameter(query: Tensor, name: str, parameter: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(parameter.shape) != shape or not parameter.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating point of shape {shape}, got {parameter.dtype} of {tuple(parameter.shape)}"
+        )
+    if parameter.device != query.device:
+        raise ValueError(f"query is on {query.device} but {name} is on {parameter.device}")
 
 
 def _check_block_map(block_map: Tensor, query: Tensor, config: SLAConfig) -> None:
