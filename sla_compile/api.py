@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from sla_compile.config import SLAConfig
-from sla_compile.module import SparseLinearAttention
+from sla_compile.module import ROUTERS, SparseLinearAttention
 from sla_compile.passes.sites import Site
-from sla_compile.plan import Planned, plan_module
+from sla_compile.plan import Planned, Sizes, plan_module
 from sla_compile.redirect import Redirection, attach, attach_root, detach, is_changed
 from sla_compile.report import Report
 
@@ -46,11 +46,13 @@ def accelerate(
     per_site: Mapping[str, SLAConfig | None] | None = None,
     allow_no_match: bool = False,
 ) -> Model:
-    """Makes the long self-attentions of a model run as Sparse-Linear Attention (SLA, arXiv 2509.24006).
+    """Makes the long self-attentions of a model run as Sparse-Linear Attention (SLA, arXiv 2509.24006) or SLA2
+    (``config=SLAConfig(method="sla2")``, arXiv 2602.12675).
 
     A module is changed in place and returned: same object, same class name, same parameters plus, for every chosen
-    attention, ``<owner>.sla.proj_weight`` and ``<owner>.sla.proj_bias`` (D x D and D, zero, in the owner's dtype, like
-    it trainable or frozen). Call it before ``torch.compile``, ``torch.export``, ``fully_shard`` or DDP.
+    attention, ``<owner>.sla.proj_weight`` and ``<owner>.sla.proj_bias`` (D x D and D, zero), or for SLA2
+    ``<owner>.sla.alpha_logit`` (H x 1) and the frozen ``router_q`` and ``router_k`` (D x D, identity); in the owner's
+    dtype, like it trainable or frozen. Call it before ``torch.compile``, ``torch.export``, ``fully_shard`` or DDP.
 
     Args:
         model: an ``nn.Module``, ``torch.fx.GraphModule`` or ``torch.export.ExportedProgram``.
@@ -79,7 +81,7 @@ def accelerate(
         raise TypeError(f"config must be an SLAConfig, got {type(base).__name__}")
     if sparsity is not None:
         base = base.replace(sparsity=sparsity)
-    choice = _Choice(base, include, exclude, per_site)
+    choice = Choice(base, include, exclude, per_site)
     origin = f"accelerate({type(model).__name__}, sparsity={base.sparsity}) at {_caller()}"
     if isinstance(model, torch.export.ExportedProgram):
         from sla_compile.passes.exported import accelerate_exported
@@ -102,15 +104,28 @@ def accelerate(
             f"accelerate takes an nn.Module, fx.GraphModule or ExportedProgram, got {type(model).__name__}; for a "
             'plain function use torch.compile(function, backend="sla")'
         )
+    accelerate_module(model, choice, origin, example_inputs=example_inputs, allow_no_match=allow_no_match)
+    return model
+
+
+def accelerate_module(
+    model: nn.Module,
+    choice: Choice,
+    origin: str,
+    *,
+    example_inputs: Any = None,
+    allow_no_match: bool = False,
+    sizes: Mapping[str, Sizes] | None = None,
+) -> None:
+    """:func:`accelerate` for a module, with the sizes of attentions where they are known (those of a saved file)."""
     _check_unwrapped(model)
-    planned, sites = plan_module(model, choice, example_inputs)
+    planned, sites = plan_module(model, choice, example_inputs, sizes)
     choice.check_patterns(sites)
     if not planned and not allow_no_match:
         raise ValueError(f"no attention of {type(model).__name__} qualifies:\n{_reasons(sites)}")
     _apply(model, planned)
     model.__dict__["_sla_acceleration"] = Acceleration(origin, type(model).__name__, sites)
     logger.info("%s: %d of %d attentions redirected", origin, len(planned), len(sites))
-    return model
 
 
 def report(model: Any) -> Report:
@@ -128,17 +143,45 @@ def report(model: Any) -> Report:
     return Report(state.title, tuple(_refreshed(site, modules.get(site.name)) for site in state.sites))
 
 
-def parameters(model: Any) -> list[nn.Parameter]:
-    """The parameters that :func:`accelerate` added, to give to an optimizer.
+def parameters(model: Any, stage: int | None = None) -> list[nn.Parameter]:
+    """Parameters to give to an optimizer: those that :func:`accelerate` added, or those of a stage of SLA2's training.
 
-    They are frozen where the owner's own parameters are: then ``requires_grad_(True)`` comes first.
+    Nothing is frozen or unfrozen by this. The added parameters are frozen where the owner's own are: then
+    ``requires_grad_(True)`` comes first. SLA2's routers are frozen always, as no gradient reaches them through the hard
+    choice of blocks; what trains them in stage 1 unfreezes them for as long.
+
+    Args:
+        stage: None for all added parameters, routers included.
+            1 for SLA2's routers and alpha, which learn to imitate full attention while the model stays as it is.
+            2 for fine-tuning, of SLA too: the added parameters without the routers, then the model's own that are
+            trainable.
+
+    Raises:
+        ValueError: another stage, or stage 1 of a model without SLA2.
     """
+    if stage not in (None, 1, 2):
+        raise ValueError(f"stage must be None, 1 or 2, got {stage!r}")
+    added = _added_parameters(model)
+    routers = [p for name, p in added.items() if name.rpartition(".")[2] in ROUTERS]
+    if stage is None:
+        return list(added.values())
+    if stage == 1:
+        if not routers:
+            raise ValueError('stage 1 trains the routers and alpha of SLA2, and this model has none (method="sla2")')
+        return [p for name, p in added.items() if name.rpartition(".")[2] in (*ROUTERS, "alpha_logit")]
+    known = {id(p) for p in added.values()}
+    tuned = [p for name, p in added.items() if name.rpartition(".")[2] not in ROUTERS]
+    return tuned + [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+
+
+def _added_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters that accelerate added, by name; one that several owners share appears once."""
     if isinstance(model, torch.export.ExportedProgram):
         from sla_compile.passes.rewrite import added_parameters
 
-        return list(added_parameters(model).values())
-    return [parameter for module in model.modules() if isinstance(module, SparseLinearAttention)
-            for parameter in module.parameters()]  # fmt: skip
+        return added_parameters(model)
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinearAttention)]
+    return {f"{prefix}.{name}": p for prefix, module in modules for name, p in module.named_parameters()}
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -173,7 +216,7 @@ def dense(model: nn.Module) -> Iterator[nn.Module]:
             module.dense = value
 
 
-class _Choice:
+class Choice:
     """Which configuration an attention gets, by name: ``choice(name, module)``."""
 
     def __init__(

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sla_compile.api import accelerate
+from sla_compile.api import Choice, accelerate_module
 from sla_compile.config import SLAConfig
 from sla_compile.module import SparseLinearAttention
+from sla_compile.plan import Sizes
 from sla_compile.redirect import CHILD
 
 _KEY = "sla_compile"
@@ -39,7 +40,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             if parameter.is_meta:
                 raise ValueError(f"{owner}: its parameters are on the meta device and have no values to save")
             tensors[_join(owner, name)] = parameter.detach().cpu().contiguous()
-    sites = {owner: {"head_dim": m.head_dim, "config": m.config.to_dict()} for owner, m in modules.items()}
+    sites = {owner: _described(module) for owner, module in modules.items()}
     header = {"format": _FORMAT, "model": type(model).__name__, "sites": sites}
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -67,8 +68,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         missing = sorted(set(sites) - set(present))
         if missing:
             raise ValueError(_mismatch(path, header, model, f"the model has no {missing[0]} ({len(missing)} missing)"))
-        configs = {name: SLAConfig.from_dict(site["config"]) for name, site in sites.items()}
-        accelerate(model, include=lambda name, _: name in sites, per_site=configs)
+        _accelerate(model, path, sites)
         modules = _owners(model)
     try:
         _check_sites(path, header, model, modules, tensors)
@@ -87,6 +87,26 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 with torch.no_grad():
                     parameter.copy_(value)
     return model
+
+
+def _described(module: SparseLinearAttention) -> dict[str, Any]:
+    """What makes the same parameters in another model."""
+    logit = module.alpha_logit
+    blocks = None if logit is None or module.config.alpha_per == "head" else logit.shape[1]
+    return {
+        "head_dim": module.head_dim,
+        "num_heads": module.num_heads,
+        "query_blocks": blocks,
+        "config": module.config.to_dict(),
+    }
+
+
+def _accelerate(model: nn.Module, path: Any, sites: dict[str, dict[str, Any]]) -> None:
+    """Accelerates just the attentions of a file; its sizes are taken, which structure may not tell."""
+    configs = {name: SLAConfig.from_dict(site["config"]) for name, site in sites.items()}
+    choice = Choice(SLAConfig(), lambda name, _: name in sites, None, configs)
+    sizes = {n: Sizes(s["head_dim"], s.get("num_heads"), s.get("query_blocks")) for n, s in sites.items()}
+    accelerate_module(model, choice, f"load({type(model).__name__}, {os.fspath(path)!r})", sizes=sizes)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -118,7 +138,7 @@ def _check_sites(path: Any, header: dict, model: nn.Module, modules: dict, tenso
             )
         )
     for owner, module in modules.items():
-        if sites[owner]["config"] != module.config.to_dict():
+        if SLAConfig.from_dict(sites[owner]["config"]) != module.config:
             raise ValueError(
                 _mismatch(path, header, model, f"{owner} has {module.config} but the file {sites[owner]['config']}")
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from sla_compile.api import Acceleration, Patterns, _Choice
+from sla_compile.api import Acceleration, Choice, Patterns
 from sla_compile.config import SLAConfig
 from sla_compile.discovery import AttentionCall, _Observer, _scopes, run_on_fakes
 from sla_compile.module import SparseLinearAttention
@@ -77,7 +77,7 @@ def examine(
     base = config or SLAConfig()
     if not isinstance(base, SLAConfig):
         raise TypeError(f"config must be an SLAConfig, got {type(base).__name__}")
-    choice = _Choice(base if sparsity is None else base.replace(sparsity=sparsity), include, exclude, per_site)
+    choice = Choice(base if sparsity is None else base.replace(sparsity=sparsity), include, exclude, per_site)
     wishes = {"sparsity": sparsity, "config": config, "include": include, "exclude": exclude, "per_site": per_site}
     given = [name for name, value in wishes.items() if value is not None]
     if isinstance(model, (torch.fx.GraphModule, torch.export.ExportedProgram)):
@@ -272,7 +272,7 @@ def _join(root: str, name: str) -> str:
 # ---- graphs ----------------------------------------------------------------------------------------------------------
 
 
-def _examine_graph(model: Any, choice: _Choice, example_inputs: Any, given: list[str]) -> Examination:
+def _examine_graph(model: Any, choice: Choice, example_inputs: Any, given: list[str]) -> Examination:
     exported = isinstance(model, torch.export.ExportedProgram)
     graph_module = model.graph_module if exported else model
     title = type(model).__name__

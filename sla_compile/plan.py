@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from sla_compile.config import MAX_HEAD_DIM, SLAConfig
 from sla_compile.discovery import AttentionCall, discover
+from sla_compile.kernels.spec import num_blocks
 from sla_compile.module import SparseLinearAttention
 from sla_compile.passes.eligibility import why_dense
 from sla_compile.passes.sites import Site
@@ -38,55 +39,81 @@ class Planned:
     sla: SparseLinearAttention | None
 
 
-def plan_module(model: nn.Module, choice: Choice, example_inputs: Any) -> tuple[list[Planned], list[Site]]:
+@dataclass(frozen=True)
+class Sizes:
+    """What the shapes of an owner's parameters follow from: D, H, and query blocks, where they are known or matter."""
+
+    head_dim: int | None = None
+    heads: int | None = None
+    query_blocks: int | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one owner: the configuration it is redirected with, or None where it stays dense."""
+
+    name: str
+    config: SLAConfig | None
+    site: Site
+    sizes: Sizes = Sizes()
+
+
+def plan_module(
+    model: nn.Module, choice: Choice, example_inputs: Any, sizes: Mapping[str, Sizes] | None = None
+) -> tuple[list[Planned], list[Site]]:
     """The owners to redirect and a row for every attention found.
+
+    Args:
+        sizes: of owners by name, where they are known already; of others, structure or a run tells.
 
     Raises:
         ValueError: an attention cannot be decided, or an owner already has a child of our name.
     """
     owners = find_owners(model)
     if example_inputs is None:
-        decided = _decide_by_structure(owners, choice)
+        decided = _decide_by_structure(owners, choice, sizes or {})
     else:
         decided = _decide_by_calls(model, discover(model, example_inputs), owners, choice)
-    chosen = {name: (config, site) for name, config, site in decided if config is not None}
+    chosen = {decision.name for decision in decided if decision.config is not None}
     modules = dict(model.named_modules())
     seconds = {} if example_inputs is not None else {o.name: o for o in owners if o.second and not o.joint}
     planned = []
-    for name, config, site in decided:
-        module = modules[name]
+    for decision in decided:
+        name, module = decision.name, modules[decision.name]
         nested = any(name != other and _encloses(other, name) for other in chosen)
-        if config is not None:
-            sla = _new_parameters(name, module, config, site.head_dim)
+        if decision.config is not None:
+            sla = _new_parameters(name, module, decision.config, decision.sizes)
             second = _second_argument(module, seconds[name].second) if name in seconds else None
             redirection = Redirection(name, second, nested, isinstance(module, nn.MultiheadAttention))
             planned.append(Planned(module, redirection, sla))
         elif nested:
-            planned.append(Planned(module, Redirection(name, None, True, False, site.reason), None))
-    return planned, [site for _, _, site in decided]
+            planned.append(Planned(module, Redirection(name, None, True, False, decision.site.reason), None))
+    return planned, [decision.site for decision in decided]
 
 
-Decision = tuple[str, SLAConfig | None, Site]
-
-
-def _decide_by_structure(owners: Sequence[Owner], choice: Choice) -> list[Decision]:
+def _decide_by_structure(owners: Sequence[Owner], choice: Choice, known: Mapping[str, Sizes]) -> list[Decision]:
     decided: list[Decision] = []
     unknown: list[tuple[str, str]] = []
     for owner in owners:
         wish = choice(owner.name, owner.module)
-        site = Site(owner.name, False, head_dim=owner.head_dim)
+        sizes = known.get(owner.name) or Sizes(owner.head_dim, owner.heads)
+        site = Site(owner.name, False, head_dim=sizes.head_dim)
         if isinstance(wish, str):
-            decided.append((owner.name, None, site.replace(reason=wish)))
+            decided.append(Decision(owner.name, None, site.replace(reason=wish)))
         elif owner.verdict == "dense":
-            decided.append((owner.name, None, site.replace(reason=owner.why)))
-        elif owner.head_dim is None:
+            decided.append(Decision(owner.name, None, site.replace(reason=owner.why)))
+        elif sizes.head_dim is None:
             unknown.append((owner.name, f"its head dimension is not declared ({type(owner.module).__name__})"))
-        elif owner.head_dim > MAX_HEAD_DIM:
-            decided.append((owner.name, None, site.replace(reason=f"head dimension over {MAX_HEAD_DIM}")))
+        elif sizes.head_dim > MAX_HEAD_DIM:
+            decided.append(Decision(owner.name, None, site.replace(reason=f"head dimension over {MAX_HEAD_DIM}")))
         elif owner.verdict == "unknown" and not choice.names(owner.name, owner.module):
             unknown.append((owner.name, owner.why))
+        elif wish.has_alpha and sizes.heads is None:
+            unknown.append((owner.name, f"its number of heads is not declared ({type(owner.module).__name__})"))
+        elif wish.has_alpha and wish.alpha_per == "block" and sizes.query_blocks is None:
+            unknown.append((owner.name, 'alpha_per="block" is bound to one length, which structure does not tell'))
         else:
-            decided.append((owner.name, wish, site.replace(rewritten=True, config=wish.fingerprint())))
+            decided.append(Decision(owner.name, wish, site.replace(rewritten=True, config=wish.fingerprint()), sizes))
     if unknown:
         lines = "\n".join(f"  {name}: {why}" for name, why in unknown[:8])
         more = f"\n  and {len(unknown) - 8} more" if len(unknown) > 8 else ""
@@ -109,12 +136,14 @@ def _decide_by_calls(
     for name, made in by_owner.items():
         wish = choice(name, modules[name])
         reasons = [wish if isinstance(wish, str) else _why_dense(call, wish) for call in made]
-        dims = {call.query.shape[-1] for call, reason in zip(made, reasons, strict=True) if reason is None}
-        if len(dims) > 1:
-            reasons = [f"calls with different head dimensions {sorted(dims)}"] * len(made)
+        qualifying = [call for call, reason in zip(made, reasons, strict=True) if reason is None]
+        conflict = "" if isinstance(wish, str) else _conflict(qualifying, wish)
+        if conflict:
+            reasons = [conflict] * len(made)
         # The row shows the longest call, among those that qualify if any does.
         best = max(range(len(made)), key=lambda i: (reasons[i] is None, made[i].query.shape[-2]))
         reason, call = reasons[best], made[best]
+        config = wish if isinstance(wish, SLAConfig) and reason is None else None
         site = Site(
             name,
             reason is None,
@@ -122,15 +151,33 @@ def _decide_by_calls(
             str(tuple(call.query.shape)),
             str(call.key.shape[-2]),
             call.query.shape[-1],
-            config=wish.fingerprint() if isinstance(wish, SLAConfig) and reason is None else "",
+            config=config.fingerprint() if config else "",
             calls=len(made),
         )
-        decided.append((name, wish if isinstance(wish, SLAConfig) and reason is None else None, site))
+        decided.append(Decision(name, config, site, _sizes(call, config) if config else Sizes()))
     for owner in owners:
         if owner.name not in by_owner:
             reason = "made no call of scaled_dot_product_attention with these example_inputs"
-            decided.append((owner.name, None, Site(owner.name, False, reason, head_dim=owner.head_dim)))
+            decided.append(Decision(owner.name, None, Site(owner.name, False, reason, head_dim=owner.head_dim)))
     return decided
+
+
+def _conflict(calls: Sequence[AttentionCall], config: SLAConfig) -> str:
+    """Why the calls of one owner cannot share its parameters, or an empty string."""
+    sizes = [_sizes(call, config) for call in calls]
+    dims = {each.head_dim for each in sizes}
+    if len(dims) > 1:
+        return f"calls with different head dimensions {sorted(dims)}"  # type: ignore[type-var]
+    if config.has_alpha and len({each.heads for each in sizes}) > 1:
+        return "calls with different numbers of heads, which one alpha cannot serve"
+    if config.alpha_per == "block" and len({each.query_blocks for each in sizes}) > 1:
+        return 'calls of different lengths, and alpha_per="block" is bound to one'
+    return ""
+
+
+def _sizes(call: AttentionCall, config: SLAConfig) -> Sizes:
+    shape = call.query.shape
+    return Sizes(shape[-1], shape[1] if len(shape) == 4 else 1, num_blocks(shape[-2], config.block_q))
 
 
 def _why_dense(call: AttentionCall, config: SLAConfig) -> str | None:
@@ -156,8 +203,8 @@ def _second_argument(module: nn.Module, name: str | None) -> tuple[str, int | No
     return name, names.index(name) if name in names else None
 
 
-def _new_parameters(name: str, module: nn.Module, config: SLAConfig, head_dim: int | None) -> SparseLinearAttention:
-    """Zero parameters on the owner's device, in its dtype, trainable where any of its own are.
+def _new_parameters(name: str, module: nn.Module, config: SLAConfig, sizes: Sizes) -> SparseLinearAttention:
+    """Fresh parameters on the owner's device, in its dtype, trainable where any of its own are.
 
     The dtype follows the owner's, then and under ``.to()``, because one parameter group of FSDP takes a single dtype;
     the kernels compute the projection in float32 all the same.
@@ -171,7 +218,14 @@ def _new_parameters(name: str, module: nn.Module, config: SLAConfig, head_dim: i
     )
     if device is not None and device.type == "meta" and getattr(hook, "execution_device", None) is not None:
         device = torch.device(hook.execution_device)  # offloaded: the weights are elsewhere, ours are small
-    assert head_dim is not None  # an attention is not chosen without
-    sla = SparseLinearAttention(config, head_dim, device=device, dtype=own[0].dtype if own else None)
-    sla.requires_grad_(not own or any(p.requires_grad for p in own))
+    assert sizes.head_dim is not None  # an attention is not chosen without
+    sla = SparseLinearAttention(
+        config,
+        sizes.head_dim,
+        num_heads=sizes.heads,
+        query_blocks=sizes.query_blocks,
+        device=device,
+        dtype=own[0].dtype if own else None,
+    )
+    sla.set_trainable(not own or any(p.requires_grad for p in own))
     return sla.train(module.training)

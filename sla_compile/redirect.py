@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sla_compile.functional import why_alpha_does_not_fit
 from sla_compile.module import SparseLinearAttention
 from sla_compile.passes.eligibility import why_dense
 
@@ -100,12 +101,20 @@ class _AttentionMode(TorchFunctionMode):
         if not (torch.compiler.is_compiling() or (sla is not None and sla.dense)):
             self.redirection.seen = (tuple(query.shape), key.shape[-2], reason)
         if sla is not None and reason is None:
+            if sla.alpha_logit is not None:
+                _check_alpha(sla, query, self.redirection)
             return sla(query, key, value, attn_mask, scale, enable_gqa)
         # Under a redirected ancestor the function would be caught again by the ancestor's mode; the operator is not.
         dense = (
             torch.ops.aten.scaled_dot_product_attention if self.redirection.nested else F.scaled_dot_product_attention
         )
         return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _check_alpha(sla: SparseLinearAttention, query: Tensor, redirection: Redirection) -> None:
+    problem = why_alpha_does_not_fit(sla.alpha_logit, query if query.dim() == 4 else query.unsqueeze(1), sla.config)
+    if problem:
+        raise ValueError(f"{redirection.name or 'the model'}: {problem}")
 
 
 class _NoRedirect(TorchFunctionMode):
@@ -229,6 +238,11 @@ def _check_context_parallel(owner: nn.Module, redirection: Redirection, sla: Spa
         raise NotImplementedError(
             f"{redirection.name}: ring attention splits the keys of one query over devices, and block routing needs "
             "all of them; use Ulysses context parallelism (ring_degree=1), or sla_compile.restore(model)"
+        )
+    if sla.alpha_logit is not None:
+        raise NotImplementedError(
+            f"{redirection.name}: under context parallelism a device computes some of the heads, and SLA2's alpha is "
+            'for all of them; use method="sla", or sla_compile.restore(model)'
         )
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in sla.parameters()):
         raise NotImplementedError(

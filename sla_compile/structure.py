@@ -33,6 +33,7 @@ class Owner:
     Args:
         name: path in the model, empty for the model itself.
         head_dim: D, or None where the structure does not tell.
+        heads: H, as the module declares it, or None.
         second: name of the forward argument that carries a second sequence, if there is one.
         joint: both sequences attend together, so that a second sequence does not make it cross-attention.
         verdict: ``"self"``, ``"dense"`` (cross-attention, or nothing to redirect) or ``"unknown"``.
@@ -42,6 +43,7 @@ class Owner:
     name: str
     module: nn.Module
     head_dim: int | None
+    heads: int | None
     second: str | None
     joint: bool
     verdict: str
@@ -74,7 +76,7 @@ def _describe(name: str, module: nn.Module, ancestors: list[nn.Module]) -> Owner
         or isinstance(getattr(module, "added_kv_proj_dim", None), int)
     )
     verdict, why = _verdict(name.rpartition(".")[2], module, ancestors, second, joint)
-    return Owner(name, module, head_dim(module), second, joint, verdict, why)
+    return Owner(name, module, head_dim(module), _heads(module), second, joint, verdict, why)
 
 
 def _verdict(
