@@ -52,12 +52,14 @@ class Case:
     feature_map: str = "softmax"
     key_bias: bool = False
     alpha: bool = False
+    low_bit: str = "none"
 
     def __str__(self) -> str:
         parts = [f"{self.arch}-{self.dtype}-D{self.dim}-q{self.block_q}"]
         parts += [self.linear] if self.linear != "marginal" else []
         parts += [self.feature_map] if self.feature_map != "softmax" else []
         parts += ["sla2"] if self.alpha else []
+        parts += [self.low_bit] if self.low_bit != "none" else []
         return "-".join([*parts, "masked"] if self.key_bias else parts)
 
 
@@ -77,6 +79,8 @@ class Row:
 
 def shipped_cases(architectures: list[int | str]) -> list[Case]:
     """What the gate covers: the head dimensions and dtypes with the paper's settings, and each variant once."""
+    from sla_compile.kernels.tuning import Target
+
     found = []
     for arch in architectures:
         found += [Case(arch, "bf16", dim) for dim in (64, 72, 128, 256)]
@@ -89,6 +93,12 @@ def shipped_cases(architectures: list[int | str]) -> list[Case]:
         ]
         found += [Case(arch, "bf16", dim, alpha=True) for dim in (64, 72, 128, 256)]
         found += [Case(arch, "bf16", dim, block_q=128, alpha=True) for dim in (64, 128)]
+        low_bits = [name for name in ("int8", "fp8") if getattr(Target.of_arch(arch), name)]
+        for low_bit in low_bits:
+            found += [Case(arch, "bf16", dim, low_bit=low_bit) for dim in (64, 72, 128, 256)]
+            found += [Case(arch, "bf16", dim, block_q=128, low_bit=low_bit) for dim in (64, 128, 256)]
+            found += [Case(arch, "fp32", 64, low_bit=low_bit)]
+            found += [Case(arch, "bf16", 128, linear="all", key_bias=True, alpha=True, low_bit=low_bit)]
         found += [Case(arch, "fp32", 64, alpha=True), Case(arch, "bf16", 128, linear="all", key_bias=True, alpha=True)]
     return found
 
@@ -96,6 +106,8 @@ def shipped_cases(architectures: list[int | str]) -> list[Case]:
 def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     """The kernels of a forward and a backward, with the arguments that the launcher gives them."""
     from sla_compile.kernels import gpu
+    from sla_compile.kernels.forward import forward_kernel
+    from sla_compile.kernels.low_bit import quantize_kernel
     from sla_compile.kernels.spec import Spec, num_blocks
     from sla_compile.kernels.tuning import Target
 
@@ -119,7 +131,7 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         alpha=alpha,
         key_mean=mean,
     )
-    spec = Spec(case.dim**-0.5, case.feature_map, case.linear, case.block_q, 64)
+    spec = Spec(case.dim**-0.5, case.feature_map, case.linear, case.block_q, 64, case.low_bit)
     found: list[tuple[Any, dict[str, Any]]] = []
     kept = gpu.launch, gpu.target_of
     gpu.launch, gpu.target_of = (
@@ -128,6 +140,8 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     )
     try:
         output, logsumexp = gpu.forward(tokens, tokens, tokens, block_map, spec, **options)
+        if case.low_bit != "none":  # the other kernels are the same as without
+            return [(kernel, arguments) for kernel, arguments in found if kernel in (forward_kernel, quantize_kernel)]
         gpu.backward(output, tokens, tokens, tokens, output, logsumexp, block_map, spec, **options)
     finally:
         gpu.launch, gpu.target_of = kept
@@ -150,6 +164,7 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], arch: int | str) -> A
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
             names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+            names[torch.float8_e4m3fn] = "fp8e4nv"
             signature[parameter.name] = "*" + names.get(value.dtype, "i8")
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sla_compile.kernels.low_bit import FP8_MAX, quantize_query
 from sla_compile.kernels.tiles import (
     LN_2,
     LOG2_E,
     aligned,
     feature,
     feature_statistics,
+    load_mean,
     load_tile,
     store_tile,
 )
@@ -25,6 +27,9 @@ def attend(
     key_ptr,
     value_ptr,
     key_bias_ptr,
+    low_key_ptr,
+    key_scales_ptr,
+    low_value_ptr,
     stride_key_token,
     stride_key_dim,
     stride_value_token,
@@ -35,33 +40,56 @@ def attend(
     scale_log2,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     TILE_K: tl.constexpr,
     MASK_KEYS: tl.constexpr,
+    LOW_BIT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One step of the online softmax, in base 2, over the TILE_K keys from `start`."""
-    key = load_tile(
-        key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, MASK_KEYS, WIDE
-    )  # (TILE_K, DIMS)
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # (TILE_Q, TILE_K)
+    """One step of the online softmax, in base 2, over the TILE_K keys from `start`.
+
+    With LOW_BIT, query and low_key are int8 and scale_log2 has the query's scale in it; for "fp8" `maximum` is a whole
+    number and the accumulator 448 times too large (quantize.py).
+    """
+    if LOW_BIT == "none":
+        key = load_tile(
+            key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, MASK_KEYS, WIDE
+        )  # (TILE_K, DIMS)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # (TILE_Q, TILE_K)
+    else:
+        key = load_tile(low_key_ptr, start, 0, DIMS, 0, 1, TILE_K, DIMS, DIMS, False, False)  # (TILE_K, DIMS)
+        key_scale = tl.load(key_scales_ptr + start // BLOCK_K)
+        scores = tl.dot(query, tl.trans(key)).to(tl.float32) * (scale_log2 * key_scale)
     tokens = start + tl.arange(0, TILE_K)
     if key_bias_ptr is not None:
         bias = tl.load(key_bias_ptr + tokens.to(tl.int64) * stride_bias_token, mask=tokens < length, other=0.0)
         scores += (bias * LOG2_E)[None, :]
     if MASK_KEYS:
         scores = tl.where((tokens < length)[None, :], scores, float("-inf"))
-    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    new_maximum = tl.max(scores, 1)
+    if LOW_BIT == "fp8":
+        new_maximum = tl.ceil(new_maximum)
+    new_maximum = tl.maximum(maximum, new_maximum)
     # Until a row has met a key that takes part, its maximum is -inf, and -inf - -inf is not a number.
     reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     probabilities = tl.exp2(scores - reference[:, None])
     rescale = tl.exp2(maximum - reference)
-    value = load_tile(
-        value_ptr, start, length, stride_value_token, 0, stride_value_dim, TILE_K, DIMS, HEAD_DIM, MASK_KEYS, WIDE
-    )  # (TILE_K, DIMS)
-    accumulator = tl.dot(
-        probabilities.to(value.dtype), value, accumulator * rescale[:, None], input_precision=PRECISION
-    )
+    if LOW_BIT == "fp8":
+        low_value_ptr += tl.cast(start // BLOCK_K, tl.int64) * BLOCK_K * DIMS + start % BLOCK_K
+        value = load_tile(low_value_ptr, 0, 0, BLOCK_K, 0, 1, DIMS, TILE_K, TILE_K, False, False)  # (DIMS, TILE_K)
+        # sm_90 adds up E4M3 products with 14 bits: only those of one step.
+        accumulator = tl.dot(
+            (probabilities * FP8_MAX).to(tl.float8e4nv), tl.trans(value), accumulator * rescale[:, None],
+            max_num_imprecise_acc=TILE_K,
+        )  # fmt: skip
+    else:
+        value = load_tile(
+            value_ptr, start, length, stride_value_token, 0, stride_value_dim, TILE_K, DIMS, HEAD_DIM, MASK_KEYS, WIDE
+        )  # (TILE_K, DIMS)
+        accumulator = tl.dot(
+            probabilities.to(value.dtype), value, accumulator * rescale[:, None], input_precision=PRECISION
+        )
     return accumulator, new_maximum, total * rescale + tl.sum(probabilities, 1)
 
 
@@ -80,6 +108,11 @@ def forward_kernel(
     key_bias_ptr,
     proj_bias_ptr,
     alpha_ptr,
+    key_mean_ptr,
+    value_scales_ptr,
+    low_key_ptr,
+    key_scales_ptr,
+    low_value_ptr,
     sums_ptr,
     entries_ptr,
     counts_ptr,
@@ -107,6 +140,9 @@ def forward_kernel(
     stride_alpha_batch,
     stride_alpha_head,
     stride_alpha_block,
+    stride_mean_batch,
+    stride_mean_head,
+    stride_mean_dim,
     scale,
     epsilon,
     head_start,
@@ -125,6 +161,7 @@ def forward_kernel(
     SLICE: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     LINEAR: tl.constexpr,
+    LOW_BIT: tl.constexpr,
     MIN_DENOMINATOR: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -133,7 +170,8 @@ def forward_kernel(
     """Output and log-sum-exp of TILE_Q tokens of one query head.
 
     SLA (arXiv 2509.24006, algorithm 1): O_s + O_l W^T + b. With alpha, one number for each query block, SLA2
-    (arXiv 2602.12675): alpha O_s + (1 - alpha) O_l.
+    (arXiv 2602.12675): alpha O_s + (1 - alpha) O_l. With LOW_BIT the scores, and for "fp8" P V as well, come of 8-bit
+    operands (quantize.py), whose keys are smoothed by key_mean; the log-sum-exp does not show it, NOTE [Frame].
     """
     tiles = query_blocks * (BLOCK_Q // TILE_Q)
     tile = tl.program_id(0) % tiles
@@ -157,10 +195,23 @@ def forward_kernel(
     entries_ptr += line * key_blocks
     count = tl.load(counts_ptr + line)
 
-    query = load_tile(
-        query_ptr, first, length, stride_query_token, 0, stride_query_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
-    )  # (TILE_Q, DIMS)
-    scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
+    scale = tl.cast(scale, tl.float32)
+    if LOW_BIT == "none":
+        query = load_tile(
+            query_ptr, first, length, stride_query_token, 0, stride_query_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
+        )  # (TILE_Q, DIMS)
+        scale_log2 = scale * LOG2_E
+    else:
+        unit = (local // group).to(tl.int64)
+        low_key_ptr += unit * key_blocks * BLOCK_K * DIMS
+        key_scales_ptr += unit * key_blocks
+        if LOW_BIT == "fp8":
+            low_value_ptr += unit * key_blocks * BLOCK_K * DIMS
+        query, query_scale = quantize_query(
+            query_ptr, block * BLOCK_Q, first, length, stride_query_token, stride_query_dim,
+            HEAD_DIM, DIMS, BLOCK_Q, TILE_Q, WIDE,
+        )  # fmt: skip
+        scale_log2 = scale * LOG2_E * query_scale
     accumulator = tl.zeros([TILE_Q, DIMS], tl.float32)
     maximum = tl.full([TILE_Q], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
@@ -169,22 +220,34 @@ def forward_kernel(
     for step in range(0, whole):
         start = tl.load(entries_ptr + step // STEPS) * BLOCK_K + step % STEPS * TILE_K
         accumulator, maximum, total = attend(
-            accumulator, maximum, total, query, key_ptr, value_ptr, key_bias_ptr, stride_key_token, stride_key_dim,
-            stride_value_token, stride_value_dim, stride_bias_token, start, length, scale_log2,
-            HEAD_DIM, DIMS, TILE_K, False, PRECISION, WIDE,
+            accumulator, maximum, total, query, key_ptr, value_ptr, key_bias_ptr, low_key_ptr, key_scales_ptr,
+            low_value_ptr, stride_key_token, stride_key_dim, stride_value_token, stride_value_dim, stride_bias_token,
+            start, length, scale_log2, HEAD_DIM, DIMS, BLOCK_K, TILE_K, False, LOW_BIT, PRECISION, WIDE,
         )  # fmt: skip
     for step in tl.range(whole, count * STEPS, num_stages=1):
         start = tl.load(entries_ptr + step // STEPS) * BLOCK_K + step % STEPS * TILE_K
         accumulator, maximum, total = attend(
-            accumulator, maximum, total, query, key_ptr, value_ptr, key_bias_ptr, stride_key_token, stride_key_dim,
-            stride_value_token, stride_value_dim, stride_bias_token, start, length, scale_log2,
-            HEAD_DIM, DIMS, TILE_K, True, PRECISION, WIDE,
+            accumulator, maximum, total, query, key_ptr, value_ptr, key_bias_ptr, low_key_ptr, key_scales_ptr,
+            low_value_ptr, stride_key_token, stride_key_dim, stride_value_token, stride_value_dim, stride_bias_token,
+            start, length, scale_log2, HEAD_DIM, DIMS, BLOCK_K, TILE_K, True, LOW_BIT, PRECISION, WIDE,
         )  # fmt: skip
 
     rows = first + tl.arange(0, TILE_Q)
     attended = total > 0
     logsumexp = tl.where(attended, (maximum + tl.log2(tl.where(attended, total, 1.0))) * LN_2, float("-inf"))
+    if LOW_BIT != "none":
+        query = load_tile(
+            query_ptr, first, length, stride_query_token, 0, stride_query_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
+        )  # (TILE_Q, DIMS)
+        key_mean_ptr += batch * stride_mean_batch + (query_head // group) * stride_mean_head
+        mean = load_mean(key_mean_ptr, stride_mean_dim, DIMS, HEAD_DIM)
+        logsumexp += scale * tl.sum(query.to(tl.float32) * mean[None, :], 1)  # NOTE [Frame]
     tl.store(logsumexp_ptr + head.to(tl.int64) * length + rows, logsumexp, mask=rows < length)
+    dims = tl.arange(0, DIMS)
+    if LOW_BIT == "fp8":
+        scales_ptr = value_scales_ptr + (head_start // group + local // group).to(tl.int64) * HEAD_DIM
+        value_scales = tl.load(scales_ptr + dims, mask=dims < HEAD_DIM, other=0.0) * (1.0 / FP8_MAX)
+        accumulator *= value_scales[None, :]
     share = 1.0 / tl.where(attended, total, 1.0)
     if alpha_ptr is not None:
         alpha = tl.load(
@@ -201,7 +264,6 @@ def forward_kernel(
         tokens = query.to(tl.float32)
         feature_maximum, normaliser = feature_statistics(tokens, HEAD_DIM, DIMS, FEATURE_MAP)
         phi = feature(tokens, feature_maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP)
-        dims = tl.arange(0, DIMS)
         z = tl.load(sums_ptr + HEAD_DIM * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
         denominator = tl.sum(phi * z[None, :], 1) + tl.cast(epsilon, tl.float32)
         defined = denominator > MIN_DENOMINATOR

@@ -14,6 +14,8 @@ from sla_compile.kernels.backward import key_gradient_kernel, query_gradient_ker
 from sla_compile.kernels.block_lists import block_lists_kernel
 from sla_compile.kernels.forward import forward_kernel
 from sla_compile.kernels.linear_backward import key_linear_kernel, query_linear_kernel
+from sla_compile.kernels.low_bit import quantize_kernel
+from sla_compile.kernels.quantize import LOW_BIT, channel_scales, smoothing_mean
 from sla_compile.kernels.spec import MIN_ALPHA, MIN_DENOMINATOR, Spec, num_blocks
 from sla_compile.kernels.summaries import block_sums_kernel, state_size, summaries_kernel
 from sla_compile.kernels.tuning import MAX_TILE, Plan, plan, target_of
@@ -50,6 +52,7 @@ def forward(
         key_bias: float32 (B, L), at most 0.
         alpha: float32 (B, H, T_m), any strides; 1 for a query block without a marginal block.
         key_mean: float32 (B, H_kv, D), any strides; subtracted from the keys before the feature map.
+        spec: with low_bit the sparse branch multiplies 8-bit operands (quantize.py).
 
     Returns:
         output (B, H, L, D) in query's dtype, with the strides of a transposed (B, L, H, D) tensor, and the natural
@@ -58,9 +61,13 @@ def forward(
     call = _call(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean)
     output = _transposed_empty(query)
     logsumexp = call.empty(*query.shape[:3])
+    smoothing = value_scales = None
+    if spec.low_bit != "none":
+        smoothing = smoothing_mean(key, key_bias) if key_mean is None else key_mean
+        value_scales = channel_scales(value, key_bias).contiguous() if spec.low_bit == "fp8" else None
     with torch.cuda.device_of(query):
         for chunk in call.chunks(backward=False):
-            chunk.run_forward(output, logsumexp)
+            chunk.run_forward(output, logsumexp, smoothing, value_scales)
     return output, logsumexp
 
 
@@ -142,6 +149,11 @@ class _Call:
     def head_dim(self) -> int:
         return self.query.shape[3]
 
+    @property
+    def low_bit_dims(self) -> int:
+        """Columns of an 8-bit tile: a matrix product of them takes at least 32."""
+        return max(32, _padded(self.head_dim))
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
 
@@ -154,27 +166,59 @@ class _Call:
             states = columns + self.group * rows
             if backward:
                 states += self.group * rows * (self.spec.block_q // self.plan.query_linear.tile_q)
-        step = max(1, TRANSIENT_BYTES // max(1, 4 * (lists + states * state_size(self.head_dim))))
+        transient = 4 * (lists + states * state_size(self.head_dim))
+        if self.spec.low_bit != "none" and not backward:
+            transient += 2 * columns * self.spec.block_k * self.low_bit_dims
+        step = max(1, TRANSIENT_BYTES // max(1, transient))
         for start in range(0, self.units, step):
             yield replace(self, start=start, units=min(step, self.units - start))
 
-    def run_forward(self, output: Tensor, logsumexp: Tensor) -> None:
+    def run_forward(
+        self, output: Tensor, logsumexp: Tensor, smoothing: Tensor | None, value_scales: Tensor | None
+    ) -> None:
         """Fills this chunk's part of the results."""
         entries, counts = self.lists(columns=False)
         chosen = self.plan.forward
+        common = self.common()
+        low_key = key_scales = low_value = None
+        if smoothing is not None:
+            low_key, key_scales, low_value = self.quantized(smoothing, value_scales)
+            common["DIMS"] = self.low_bit_dims
         launch(
             forward_kernel,
             self.units * self.group * self.block_map.shape[2] * (self.spec.block_q // chosen.tile_q),
             query_ptr=self.query, key_ptr=self.key, value_ptr=self.value, proj_bias_ptr=self.proj_bias,
-            alpha_ptr=self.alpha, sums_ptr=self.linear_sums(), entries_ptr=entries, counts_ptr=counts,
-            output_ptr=output, logsumexp_ptr=logsumexp,
+            alpha_ptr=self.alpha, key_mean_ptr=smoothing, value_scales_ptr=value_scales, low_key_ptr=low_key,
+            key_scales_ptr=key_scales, low_value_ptr=low_value, sums_ptr=self.linear_sums(), entries_ptr=entries,
+            counts_ptr=counts, output_ptr=output, logsumexp_ptr=logsumexp,
             **_strides("query", self.query), **_strides("key", self.key), **_strides("value", self.value),
             **_strides("output", output), stride_proj_bias=_stride(self.proj_bias, 0), **self.alpha_strides(),
+            **_strides("mean", smoothing, "batch", "head", "dim"), LOW_BIT=self.spec.low_bit,
             epsilon=self.spec.epsilon, head_start=self.start * self.group,
             STATE=state_size(self.head_dim), FEATURE_MAP=self.spec.feature_map, MIN_DENOMINATOR=MIN_DENOMINATOR,
             **_addressing(self.query, self.key, self.value, output), SLICE=chosen.slice,
-            **self.common(), **chosen.tiles,
+            **common, **chosen.tiles,
         )  # fmt: skip
+
+    def quantized(self, smoothing: Tensor, value_scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys (units, T_n, block_k, DIMS), their scales (units, T_n), values (units, T_n, DIMS, block_k) for "fp8"."""
+        columns, block, dims = self.block_map.shape[3], self.spec.block_k, self.low_bit_dims
+        low_key = self.empty(self.units, columns, block, dims, dtype=torch.int8)
+        key_scales = self.empty(self.units, columns)
+        low_value = None
+        if value_scales is not None:
+            low_value = self.empty(self.units, columns, dims, block, dtype=torch.float8_e4m3fn)
+        launch(
+            quantize_kernel,
+            self.units * columns,
+            key_ptr=self.key, value_ptr=self.value, key_bias_ptr=self.key_bias, key_mean_ptr=smoothing,
+            value_scales_ptr=value_scales, low_key_ptr=low_key, key_scales_ptr=key_scales, low_value_ptr=low_value,
+            **_strides("key", self.key), **_strides("value", self.value),
+            **_strides("bias", self.key_bias, "batch", "token"), **_strides("mean", smoothing, "batch", "head", "dim"),
+            head_start=self.start, heads=self.key.shape[1], length=self.key.shape[2], key_blocks=columns,
+            HEAD_DIM=self.head_dim, DIMS=dims, BLOCK_K=block, **_addressing(self.key, self.value), num_warps=8,
+        )  # fmt: skip
+        return low_key, key_scales, low_value
 
     def run_backward(
         self,
@@ -202,7 +246,7 @@ class _Call:
         tiles = rows * (self.spec.block_q // chosen.tile_q)
         delta = self.empty(heads, self.query.shape[2])
         grad_states = self.empty(heads, tiles, state) if linear else None
-        grad_shares = None if grad_alpha is None else self.empty(heads, rows, tiles // rows)
+        grad_shares = None if grad_alpha is None else self.empty(heads, rows, self.spec.block_q)
         launch(
             query_linear_kernel,
             heads * tiles,
@@ -388,7 +432,20 @@ def _call(
     expected = batch, key.shape[1], dim
     if key_mean is not None and (key_mean.shape != expected or key_mean.dtype != torch.float32):
         raise ValueError(f"key_mean must be float32 {expected}, got {key_mean.dtype} {tuple(key_mean.shape)}")
-    chosen = plan(_padded(dim), query.element_size(), spec.block_q, spec.block_k, target_of(query.device))
+    target = target_of(query.device)
+    if spec.low_bit not in LOW_BIT:
+        raise ValueError(f'low_bit must be one of {LOW_BIT}, got "{spec.low_bit}"')
+    if spec.low_bit == "fp8" and not target.fp8:
+        raise NotImplementedError(
+            f'low_bit="fp8" needs E4M3 matrix products (compute capability 8.9 or later), {target.name} has none: '
+            'use low_bit="int8"'
+        )
+    if spec.low_bit == "int8" and not target.int8:
+        raise NotImplementedError(
+            f'low_bit="int8" needs int8 matrix products (compute capability 8.0 or later, gfx942), {target.name} is '
+            'not known to have them: use low_bit="none"'
+        )
+    chosen = plan(_padded(dim), query.element_size(), spec.block_q, spec.block_k, target, spec.low_bit)
     units = batch * key.shape[1] if query.numel() else 0
     return _Call(
         query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean, chosen, 0, units

@@ -81,7 +81,7 @@ def query_linear_kernel(
     which is SLA's algorithm 2 without O_l: <dO W, O_l> = <dO, O_l W^T> = r <dO H^T, phi>.
 
     With alpha (SLA2) the output is alpha O_s + (1 - alpha) O_l: dphi, dH and dZ take the factor 1 - alpha, and
-        delta_s = (<dO, O> - (1 - alpha) delta_l) / alpha        dalpha = sum over the tokens of delta_s - delta_l
+        delta_s = (<dO, O> - (1 - alpha) delta_l) / alpha        dalpha = sum over a block's tokens of delta_s - delta_l
     """
     tiles = query_blocks * (BLOCK_Q // TILE_Q)
     tile = tl.program_id(0) % tiles
@@ -146,7 +146,9 @@ def query_linear_kernel(
             )
             delta = (delta - (1.0 - alpha) * delta_linear) / tl.maximum(alpha, MIN_ALPHA)
             inverse *= 1.0 - alpha
-            tl.store(grad_alpha_ptr + local.to(tl.int64) * tiles + tile, tl.sum(delta - delta_linear, 0))
+            # Not summed here: Triton 3.7.1 fails on a sum of what comes of tensor memory (sm_100).
+            places = (local.to(tl.int64) * tiles + tile) * TILE_Q + tl.arange(0, TILE_Q)
+            tl.store(grad_alpha_ptr + places, delta - delta_linear)
         grad_phi = (products - delta_linear[:, None] * z[None, :]) * inverse[:, None]
         store_tile(
             grad_query_ptr, feature_gradient(query, phi, grad_phi, FEATURE_MAP), first, length, stride_gq_token, 0,

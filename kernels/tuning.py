@@ -20,18 +20,23 @@ class Target:
     """What the choice of tiles depends on.
 
     kind: "wgmma" where a matrix product reads its operands from shared memory (sm_90, sm_100), "mma" where it takes
-    registers for them (sm_80 to sm_89, sm_120), "hip" for AMD. tf32: whether products of that precision exist.
+    registers for them (sm_80 to sm_89, sm_120), "hip" for AMD. tf32, int8, fp8 (E4M3): whether products of that
+    precision exist.
     """
 
     kind: str
     tf32: bool
+    int8: bool
+    fp8: bool
+    name: str
 
     @classmethod
     def of_arch(cls, arch: int | str) -> Target:
         """The target of a compute capability (90 for sm_90) or of an AMD architecture ("gfx942")."""
         if isinstance(arch, int):
-            return cls("wgmma" if 90 <= arch < 120 else "mma", True)
-        return cls("hip", arch == "gfx942")
+            return cls("wgmma" if 90 <= arch < 120 else "mma", True, arch >= 80, arch >= 89, f"sm_{arch}")
+        # gfx942 multiplies another E4M3, whose largest number is 240.
+        return cls("hip", arch == "gfx942", arch == "gfx942", False, arch)
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,8 @@ _PLANS: dict[tuple[str, int], dict[str, _Row]] = {
         "block_sums": (64, 32, 128, 4, 1),
     },
 }
+# The forward, where a low-bit one does not take the row above, by low_bit as well.
+_LOW_BIT_FORWARD: dict[tuple[str, int, str], _Row] = {("wgmma", 256, "fp8"): (128, 64, 16, 8, 3)}
 # float32 inputs are multiplied without tensor cores: one row for all architectures.
 _FLOAT32_PLANS: dict[int, dict[str, _Row]] = {
     128: {
@@ -213,12 +220,17 @@ def target_of(device: torch.device) -> Target:
 
 
 @lru_cache
-def plan(dims: int, itemsize: int, block_q: int, block_k: int, target: Target) -> Plan:
+def plan(dims: int, itemsize: int, block_q: int, block_k: int, target: Target, low_bit: str = "none") -> Plan:
     """Launches for heads of `dims` padded columns and elements of `itemsize` bytes."""
     row_bytes = max(128, dims * itemsize)
     rows = _FLOAT32_PLANS[row_bytes] if itemsize == 4 else _PLANS[target.kind, row_bytes]
     launches = {}
     for kernel, (tile_q, tile_k, slice_, warps, stages) in rows.items():
+        if kernel == "forward" and low_bit != "none" and itemsize == 2:
+            row = _LOW_BIT_FORWARD.get((target.kind, row_bytes, low_bit))
+            tile_q, tile_k, slice_, warps, stages = row or rows[kernel]
+        if kernel == "forward" and low_bit == "fp8":
+            tile_k = max(tile_k, 32)  # what a product of 8-bit numbers takes at least
         if kernel != "block_sums":
             if tile_q > block_q:
                 tile_q, warps = block_q, warps * block_q // tile_q

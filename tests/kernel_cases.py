@@ -34,6 +34,7 @@ class Case:
     feature_map: str = "softmax"
     # alpha: "" (SLA) or SLA2's, for each "block", each "head" (with strides of 0), or "extreme" (0, nearly 0, nearly 1)
     alpha: str = ""
+    low_bit: str = "none"
     block_q: int = 64
     block_k: int = 64
     # blocks: random | critical | marginal | negligible (only critical and negligible) | none (rows without critical)
@@ -201,7 +202,7 @@ def run(case: Case, device: str) -> dict[str, float]:
     from sla_compile.kernels.spec import Spec
 
     generator = torch.Generator().manual_seed(case.seed)
-    spec = Spec(case.scale or case.dim**-0.5, case.feature_map, case.linear, case.block_q, case.block_k)
+    spec = Spec(case.scale or case.dim**-0.5, case.feature_map, case.linear, case.block_q, case.block_k, case.low_bit)
     query = tokens(case, case.heads, 0, generator)
     key = tokens(case, case.kv_heads, 3, generator)
     value = tokens(case, case.kv_heads, 4, generator)
@@ -220,9 +221,19 @@ def run(case: Case, device: str) -> dict[str, float]:
 
     inputs = [query, key, value, weight, bias, alpha]
     double = [None if tensor is None else tensor.double() for tensor in inputs]
-    oracle = evaluate(double, grad.double(), classes, spec, key_biases, mean)
-    low = [None if tensor is None else tensor.to(query.dtype) for tensor in inputs[:5]] + [alpha]
-    eager = evaluate(low, grad, classes, spec, key_biases, mean)
+    slack = torch.zeros_like(query, dtype=torch.float64)
+    if case.low_bit == "none":
+        oracle = evaluate(double, grad.double(), classes, spec, key_biases, mean)
+        low = [None if tensor is None else tensor.to(query.dtype) for tensor in inputs[:5]] + [alpha]
+        eager = evaluate(low, grad, classes, spec, key_biases, mean)
+    else:
+        from low_bit_reference import low_bit_evaluate
+
+        smoothing = key_mean(key, key_biases)
+        oracle, slack = low_bit_evaluate(
+            inputs, grad.double(), classes, spec, key_biases, mean, smoothing, torch.float64
+        )
+        eager, _ = low_bit_evaluate(inputs, grad, classes, spec, key_biases, mean, smoothing, query.dtype)
 
     on_device = [None if tensor is None else moved(tensor, device) for tensor in inputs]
     options = dict(
@@ -245,6 +256,8 @@ def run(case: Case, device: str) -> dict[str, float]:
             assert all(one is None or torch.equal(one, two) for one, two in zip(grads, again, strict=True)), (
                 "not deterministic"
             )
+        if case.low_bit != "none":
+            check_operands(on_device, classes, spec, options)
     finally:
         gpu.TRANSIENT_BYTES, gpu._addressing = kept
     results = [output, logsumexp, *grads]
@@ -264,13 +277,16 @@ def run(case: Case, device: str) -> dict[str, float]:
     size = max(factor * norms[0] * norms[1] / math.sqrt(case.dim), *(exact.abs().max().item() for exact in oracle[2:5]))
     rounded = torch.finfo(query.dtype).eps * factor * norms[2]
     sizes = [0.0, 1.0, size, size, size, 0.0, 0.0, size]
-    extra = [0.0, 0.0, rounded, rounded, 0.0, 0.0, 0.0, 0.0]
+    swayed = grad.double().norm(dim=-1) * slack.norm(dim=-1)  # of <dO, O>, where a probability was all but a tie
+    rounded += factor * swayed.max().item()
+    extra = [slack, 0.0, rounded, rounded, 0.0, 0.0, 0.0, 0.0]
     if alpha is not None:
         # The gradient to alpha comes of the rounded O, too, over alpha. Its logit gets alpha (1 - alpha) times as much.
         results[-1], oracle[-1], eager[-1] = (alpha * found[-1].cpu() for found in (results, oracle, eager))
         squares = (grad * oracle[0]).double().square().sum(-1).split(case.block_q, -1)
         norm = max(block.sum(-1).max().item() for block in squares) ** 0.5
         extra[-1] = torch.finfo(query.dtype).eps * norm
+        extra[-1] += max(block.sum(-1).max().item() for block in swayed.split(case.block_q, -1))
     return {
         name: ratio(result, exact, low, more, size, case.length + case.dim)
         for name, result, exact, low, more, size in zip(
@@ -280,7 +296,30 @@ def run(case: Case, device: str) -> dict[str, float]:
     }
 
 
-def ratio(result: Tensor, exact: Tensor, low: Tensor, extra: float, size: float, terms: int) -> float:
+def check_operands(inputs: list[Tensor | None], classes: Tensor, spec: Any, options: dict[str, Tensor | None]) -> None:
+    """Asserts that the kernel that quantises keys and values agrees with quantize.py, bit for bit."""
+    from sla_compile.kernels import gpu, quantize
+
+    bias = options["key_bias"]
+    key, value = inputs[1:3]
+    mean = quantize.smoothing_mean(key, bias)
+    scales = quantize.channel_scales(value, bias).contiguous() if spec.low_bit == "fp8" else None
+    call = gpu._call(*inputs[:3], classes, spec, *options.values())
+    low_key, key_scales, low_value = call.quantized(mean, scales)
+    expected, expected_scales = quantize.quantize_blocks(key, spec.block_k, mean=mean, key_bias=bias)
+    length, dim = key.shape[2:]
+    found = low_key.flatten(1, 2).unflatten(0, key.shape[:2])
+    assert torch.equal(found[:, :, :length, :dim], expected), "int8 keys"
+    assert not found[:, :, length:].any() and not found[..., dim:].any(), "int8 padding"
+    assert torch.equal(key_scales.unflatten(0, key.shape[:2]), expected_scales), "scales of keys"
+    if low_value is not None:
+        expected, _ = quantize.quantize_channels(value, key_bias=bias)
+        found = low_value.view(torch.uint8).transpose(2, 3).flatten(1, 2).unflatten(0, key.shape[:2])
+        assert torch.equal(found[:, :, :length, :dim], expected.view(torch.uint8)), "E4M3 values"
+        assert not found[:, :, length:].any() and not found[..., dim:].any(), "E4M3 padding"
+
+
+def ratio(result: Tensor, exact: Tensor, low: Tensor, extra: float | Tensor, size: float, terms: int) -> float:
     """Largest error over the budget; NaN where the result is not finite and the reference is."""
     eps, eps32 = torch.finfo(result.dtype).eps, torch.finfo(torch.float32).eps
     result, low = result.detach().cpu().double(), low.double()
@@ -291,9 +330,10 @@ def ratio(result: Tensor, exact: Tensor, low: Tensor, extra: float, size: float,
     largest = exact.abs().max().item()
     # Where the low-precision evaluation overflowed it says nothing.
     eager_error = (low - exact).abs().nan_to_num(0, posinf=0).max().item()
-    error = (result - exact).abs().max().item()
+    error = (result - exact).abs()
     walk = math.sqrt(terms) * eps32 * max(size, largest)
-    return error / (2 * eager_error + eps * largest + extra + walk) if error else 0.0
+    budget = 2 * eager_error + eps * largest + extra + walk
+    return (error / budget).where(error > 0, 0).max().item()
 
 
 def moved(tensor: Tensor, device: str) -> Tensor:
@@ -325,8 +365,10 @@ def serve() -> None:
     """Answers each case on stdin with a line on stdout."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import interpreter_bf16
+    import interpreter_fp8
 
     interpreter_bf16.install()
+    interpreter_fp8.install()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # torch.empty gives NaN and huge integers
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -150,6 +150,20 @@ CASES = [
     Case(alpha="block", dim=128, dtype="fp16", length=70, arch=89),
     Case(alpha="block", dim=256, length=70, heads=1, kv_heads=1, block_q=128, arch="gfx942"),
     Case(alpha="block", length=1),
+    # A sparse branch of 8 bits.
+    *(
+        Case(dtype=dtype, low_bit=low_bit, alpha=alpha, heads=4)
+        for dtype, alpha in (("fp32", ""), ("fp16", "block"), ("bf16", ""))
+        for low_bit in ("int8", "fp8")
+    ),
+    Case(low_bit="int8", linear="none", length=300, block_q=128, dim=72, dtype="fp16", heads=1, kv_heads=1),
+    Case(low_bit="fp8", alpha="head", blocks="none", mask="keys", dtype="fp16", length=200),
+    Case(low_bit="fp8", mask="row", batch=2, dim=12, length=70, heads=4, layout="padded", chunk_bytes=1),
+    Case(low_bit="int8", mask="additive", linear="all", scale=-0.3, layout="spread"),
+    Case(low_bit="fp8", length=1, alpha="extreme"),
+    Case(low_bit="int8", magnitude=4.0, dtype="fp16", layout="packed"),
+    Case(low_bit="fp8", dim=128, dtype="bf16", length=100, arch=89, magnitude=4.0),
+    Case(low_bit="int8", dim=256, dtype="bf16", length=150, heads=1, kv_heads=1, block_q=128),  # half a block a tile
     # The rest.
     Case(proj_dtype="fp16"),
     Case(proj_dtype="bf16", dtype="fp16", bias=False),
@@ -177,6 +191,7 @@ def drawn_cases(draw: st.DrawFn) -> Any:
     kv_heads = one_of(1, 2)
     dtype = one_of("fp32", "fp16", "bf16")
     alpha = one_of("", "block", "head", "extreme")
+    low_bit = one_of("none", "none", "int8", "fp8")
     return Case(
         length=draw(st.integers(1, 200 if block_q == 64 else 300)),
         dim=one_of(draw(st.integers(1, 48)), 16, 32, 64, 64, 80, 128),
@@ -186,6 +201,7 @@ def drawn_cases(draw: st.DrawFn) -> Any:
         dtype=dtype,
         linear=one_of("marginal", "all", "marginal" if alpha else "none"),
         alpha=alpha,
+        low_bit=low_bit,
         feature_map=one_of("softmax", "elu", "relu"),
         block_q=block_q,
         blocks=one_of("random", "random", "critical", "marginal", "negligible", "none"),
@@ -195,7 +211,7 @@ def drawn_cases(draw: st.DrawFn) -> Any:
         proj_dtype=one_of("fp32", dtype),
         bias=draw(st.booleans()),
         scale=one_of(None, None, 0.5),
-        arch=one_of(90, 89, "gfx942"),
+        arch=one_of(90, 89, "gfx942" if low_bit != "fp8" else 90),
         wide=draw(st.booleans()),
         chunk_bytes=one_of(None, 100000),
         seed=draw(st.integers(0, 2**31)),
@@ -214,6 +230,27 @@ def test_drawn_cases_agree_with_the_reference(case: Any, run: Callable[[Any], di
     ratios = run(case)
     check(ratios)
     target(max(ratios.values()), label="largest error over budget")
+
+
+@pytest.mark.parametrize(
+    ("arch", "low_bit", "message"),
+    [
+        (80, "fp8", 'compute capability 8.9 or later.*sm_80.*use low_bit="int8"'),
+        ("gfx942", "fp8", 'gfx942 has none.*use low_bit="int8"'),
+        (75, "int8", "compute capability 8.0 or later.*sm_75"),
+    ],
+)
+def test_low_bit_is_refused_where_there_are_no_such_products(
+    arch: int | str, low_bit: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sla_compile.kernels import gpu
+    from sla_compile.kernels.spec import Spec
+    from sla_compile.kernels.tuning import Target
+
+    monkeypatch.setattr(gpu, "target_of", lambda device: Target.of_arch(arch))
+    tokens, classes = torch.empty(1, 1, 64, 32, device="meta"), torch.empty(1, 1, 1, 1, dtype=torch.int8, device="meta")
+    with pytest.raises(NotImplementedError, match=message):
+        gpu.forward(tokens, tokens, tokens, classes, Spec(1.0, linear="none", low_bit=low_bit))
 
 
 @pytest.mark.parametrize(
