@@ -7,6 +7,8 @@ if not os.path.isdir(os.path.join(__path__[0], "kernels")):  # a checkout: kerne
 
 from sla_compile import _compat, export  # noqa: F401  # the first refuses versions of torch that are too old
 from sla_compile.api import accelerate, dense, parameters, report, restore
+from sla_compile.calibrate import calibrate
+from sla_compile.calibration_report import Calibration
 from sla_compile.checkpoint import load, save
 from sla_compile.config import SLAConfig
 from sla_compile.functional import route, sparse_linear_attention
@@ -14,10 +16,12 @@ from sla_compile.module import SparseLinearAttention
 from sla_compile.report import Report
 
 __all__ = [
+    "Calibration",
     "Report",
     "SLAConfig",
     "SparseLinearAttention",
     "accelerate",
+    "calibrate",
     "dense",
     "export",
     "load",

@@ -43,6 +43,14 @@ class TrainingOptions:
     query_blocks: int = 16
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "query_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "tau"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class Router:

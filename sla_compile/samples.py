@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,14 +104,21 @@ class SampleStore:
 
 
 class Observer:
-    """Offers a site's calls to a store; called in place of the redirection while the model runs densely."""
+    """Offers a site's calls to a store; `Redirection.observer` while the model runs densely.
 
-    def __init__(self, site: str, store: SampleStore) -> None:
-        self.site, self.store = site, store
+    Args:
+        why_unfit: tells of a (B, H, L, D) query why the site's parameters are not for it, or None.
+    """
+
+    def __init__(self, site: str, store: SampleStore, why_unfit: Callable[[Tensor], str | None]) -> None:
+        self.site, self.store, self.why_unfit = site, store, why_unfit
         self.reason = "its attention was not called"
 
     def __call__(self, reason: str | None, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: Any) -> None:
         if reason is None:
+            problem = self.why_unfit(query if query.dim() == 4 else query.unsqueeze(1))
+            if problem:
+                raise ValueError(f"{self.site or 'the model'}: {problem}")
             self.store.offer(self.site, query, key, value, mask, scale)
         else:
             self.reason = reason
