@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -45,12 +45,12 @@ def can_pass_operands(scope: Scope) -> str:
         if len(each.callers) > 1:
             return (
                 f"its graph {each.path} is called {len(each.callers)} times and would share one set of parameters; "
-                'linear="none" needs none'
+                'method="sla" with linear="none" needs none'
             )
         caller = each.callers[0]
         named = each.operation == "call_module" and caller.node.kwargs
         if each.operation not in _TAKES_OPERANDS or caller.operands is None or named:
-            return f'parameters cannot be passed into {each.operation}; linear="none" needs none'
+            return f'parameters cannot be passed into {each.operation}; method="sla" with linear="none" needs none'
     return ""
 
 
@@ -58,7 +58,7 @@ class Parameters(Protocol):
     """Where added parameters live: see rewrite.ModuleParameters."""
 
     def module(
-        self, owner: str, config: SLAConfig, head_dim: int, device: torch.device
+        self, owner: str, config: SLAConfig, query: Operand, device: torch.device
     ) -> tuple[str, SparseLinearAttention]: ...
 
     def node(self, graph: fx.Graph, path: str, parameter: nn.Parameter) -> fx.Node: ...
@@ -80,13 +80,13 @@ class Edits:
         for match, config in chosen:
             edit = self._edit(match.scope)
             value = match.scope.reader.value(match.query.node)
-            parameters: list[fx.Node | None] = [None, None]
-            if config.has_projection:
-                path, module = self._parameters.module(match.name, config, match.query.shape[-1], value.device)
-                parameters = [
-                    self._parameter(match.scope, f"{path}.{name}", parameter, value)
+            parameters: dict[str, fx.Node] = {}
+            if config.has_parameters:
+                path, module = self._parameters.module(match.name, config, match.query, value.device)
+                parameters = {
+                    name: self._parameter(match.scope, f"{path}.{name}", parameter, value)
                     for name, parameter in module.named_parameters()
-                ]
+                }
             edit.rewrite(match, config, parameters)
         for edit in self._graphs.values():
             edit.finish()
@@ -163,7 +163,7 @@ class _Edit:
         self.note(node, value)
         return node
 
-    def rewrite(self, match: Match, config: SLAConfig, parameters: Sequence[fx.Node | None]) -> None:
+    def rewrite(self, match: Match, config: SLAConfig, parameters: Mapping[str, fx.Node]) -> None:
         """Writes one match as the op."""
         output = self.map[match.output]
         with self.graph.inserting_before(output):
@@ -178,7 +178,7 @@ class _Edit:
         self._erase({output, *(self.map[node] for node in match.inner if node is not match.output)})
 
     def _attention(
-        self, match: Match, config: SLAConfig, parameters: Sequence[fx.Node | None], output: fx.Node
+        self, match: Match, config: SLAConfig, parameters: Mapping[str, fx.Node], output: fx.Node
     ) -> fx.Node:
         operands = [self._operand(operand, output) for operand in (match.query, match.key, match.value)]
         flat = len(match.query.shape) == 3
@@ -203,14 +203,16 @@ class _Edit:
         mask: fx.Node | None,
         scale: Any,
         config: SLAConfig,
-        parameters: Sequence[fx.Node | None],
+        parameters: Mapping[str, fx.Node],
         head_dim: int,
     ) -> fx.Node:
         scalars = op_scalars(config, head_dim, None if isinstance(scale, fx.Node) else scale)
         if isinstance(scale, fx.Node):
             scalars = (scale, *scalars[1:])
         target = torch.ops.sla_compile.sparse_linear_attention.default
-        node = self.graph.call_function(target, (*operands, *parameters, None, None, None, mask, None, *scalars))
+        given = [parameters.get(name) for name in ("proj_weight", "proj_bias", "router_q", "router_k")]
+        alpha = self._alpha(parameters["alpha_logit"], output) if config.has_alpha else None
+        node = self.graph.call_function(target, (*operands, *given, alpha, mask, None, *scalars))
         self._describe(node, output)
         result = self.graph.call_function(operator.getitem, (node, 0))
         self._describe(result, output)
@@ -222,6 +224,19 @@ class _Edit:
             self.note(node, (value, like.new_empty((batch, heads, length), dtype=statistics)))
             self.note(result, value)
         return result
+
+    def _alpha(self, logit: fx.Node, output: fx.Node) -> fx.Node:
+        """The sigmoid of SLA2's logit, in float32 as SparseLinearAttention.alpha has it."""
+        value = self.values[logit]
+        if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+            logit = self._cast(logit, output)
+        return self._call(output, aten.sigmoid.default, logit)
+
+    def _cast(self, node: fx.Node, output: fx.Node) -> fx.Node:
+        cast = self.graph.call_function(aten._to_copy.default, (node,), {"dtype": torch.float32})
+        self._describe(cast, output)
+        self.note(cast, self._result(cast))
+        return cast
 
     def _scale(self, match: Match, output: fx.Node) -> Any:
         scale = self.map[match.scale] if isinstance(match.scale, fx.Node) else match.scale
@@ -261,7 +276,7 @@ class _Edit:
         return node
 
     def _multi_head(
-        self, match: Match, config: SLAConfig, parameters: Sequence[fx.Node | None], output: fx.Node
+        self, match: Match, config: SLAConfig, parameters: Mapping[str, fx.Node], output: fx.Node
     ) -> fx.Node:
         """``F.multi_head_attention_forward`` with its projections written out."""
         arguments = match.multi_head

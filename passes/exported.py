@@ -18,6 +18,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 
 from sla_compile.passes import rewrite
 from sla_compile.passes.edit import Edits
+from sla_compile.passes.layout import Operand
 from sla_compile.passes.rewrite import Choose
 from sla_compile.passes.sites import Site
 
@@ -109,8 +110,8 @@ class _ProgramParameters(rewrite.ModuleParameters):
         self._taken = set(program.state_dict) | set(program.constants)
         self._state: dict[str, nn.Parameter] = {}
 
-    def module(self, owner: str, config: Any, head_dim: int, device: torch.device) -> Any:
-        path, module = super().module(owner, config, head_dim, device)
+    def module(self, owner: str, config: Any, query: Operand, device: torch.device) -> Any:
+        path, module = super().module(owner, config, query, device)
         clash = sorted(name for name in self._taken if name == path or name.startswith(f"{path}."))
         if clash:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Rewrites the attentions of a captured graph to sparse-linear attention, in place and all or nothing.
 
 out = F.scaled_dot_product_attention(q, k, v)
-    becomes
+    becomes, with SLA's parameters (with SLA2's there are other ones, and a sigmoid)
 weight, bias = self.blocks.0.attn1.sla.proj_weight, self.blocks.0.attn1.sla.proj_bias
 out = torch.ops.sla_compile.sparse_linear_attention.default(q, k, v, weight, bias, None, ...)[0]
 """
@@ -20,10 +20,12 @@ from torch.export import ExportedProgram
 from torch.fx.graph_module import GraphModule
 
 from sla_compile.config import SLAConfig
-from sla_compile.module import SparseLinearAttention
+from sla_compile.kernels.spec import num_blocks
+from sla_compile.module import NAMES, SparseLinearAttention
 from sla_compile.passes.edit import Edits, can_pass_operands
 from sla_compile.passes.eligibility import DTYPES, why_dense
 from sla_compile.passes.find import Match, find_attention, owner
+from sla_compile.passes.layout import Operand
 from sla_compile.passes.nodes import hint, same
 from sla_compile.passes.scopes import scopes
 from sla_compile.passes.shapes import propagate
@@ -102,19 +104,38 @@ def decide(
     """
     values = None if example_inputs is None else propagate(graph_module, example_inputs)
     matches = find_attention(graph_module, values=values, constants=constants)
-    head_dims: dict[str, Any] = {}
+    first: dict[str, tuple] = {}
     decisions = []
     for match in matches:
         chosen = choose(match.name)
         config = chosen if isinstance(chosen, SLAConfig) else None
         reason = chosen if isinstance(chosen, str) else match.refusal or _why_dense(match, chosen, may_guard)
-        if not reason and config is not None and config.has_projection:
-            reason = can_pass_operands(match.scope)
-            dim = head_dims.setdefault(match.name, match.query.shape[-1])
-            if not reason and dim != match.query.shape[-1]:
-                reason = f"its owner's projection is for head dimension {dim}, that of an earlier call"
+        if not reason and config is not None and config.has_parameters:
+            reason = can_pass_operands(match.scope) or _why_not_shared(match, config, first)
         decisions.append(Decision(match, None if reason else config, reason))
     return decisions
+
+
+def _why_not_shared(match: Match, config: SLAConfig, first: dict[str, tuple]) -> str:
+    """Why the parameters of the owner's first call, whose sizes are noted in `first`, are not for this one."""
+    heads, length, dim = _heads(match.query), match.query.shape[-2], match.query.shape[-1]
+    if config.has_alpha and not isinstance(heads, int):
+        return "its number of heads is symbolic, and SLA2 has an alpha for each"
+    if config.alpha_per == "block" and not isinstance(length, int):
+        return 'its length is dynamic, and alpha_per="block" is bound to one length'
+    first_heads, first_length, first_dim = first.setdefault(match.name, (heads, length, dim))
+    if first_dim != dim:
+        return f"its owner's parameters are for head dimension {first_dim}, that of an earlier call"
+    if config.has_alpha and first_heads != heads:
+        return f"its owner's parameters are for {first_heads} heads, those of an earlier call"
+    if config.alpha_per == "block" and first_length != length:
+        return f"its owner's parameters are for {first_length} tokens, those of an earlier call"
+    return ""
+
+
+def _heads(query: Operand) -> Any:
+    """Heads of (B, H, L, D); a flat (B, L, D) is one head."""
+    return query.shape[1] if len(query.shape) == 4 else 1
 
 
 def _why_dense(match: Match, config: SLAConfig, may_guard: bool) -> str:
@@ -191,15 +212,20 @@ class ModuleParameters:
         self._added: set[torch.fx.Node] = set()
 
     def module(
-        self, owner: str, config: SLAConfig, head_dim: int, device: torch.device
+        self, owner: str, config: SLAConfig, query: Operand, device: torch.device
     ) -> tuple[str, SparseLinearAttention]:
         """The path and the module of an owner's parameters, made at the first call."""
         path = f"{owner}.sla"
         if path not in self.modules:
             _check_free(self.root, path)
             dtype, trained = _like_owner(self.tensors(), owner)
-            module = SparseLinearAttention(config, head_dim, device=device, dtype=dtype)
-            self.modules[path] = module.requires_grad_(trained)
+            blocks = num_blocks(query.shape[-2], config.block_q) if config.alpha_per == "block" else None
+            heads = _heads(query) if config.has_alpha else None
+            module = SparseLinearAttention(
+                config, query.shape[-1], num_heads=heads, query_blocks=blocks, device=device, dtype=dtype
+            )
+            module.set_trainable(trained)
+            self.modules[path] = module
         return path, self.modules[path]
 
     def tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
@@ -309,7 +335,7 @@ def recorded_sites(model: GraphModule | ExportedProgram) -> list[Site] | None:
 
 def added_parameters(model: GraphModule | ExportedProgram) -> dict[str, nn.Parameter]:
     """The parameters that accelerate added, by their names in the state dict."""
-    endings = (".sla.proj_weight", ".sla.proj_bias")
+    endings = tuple(f".sla.{name}" for name in NAMES)
     return {name: p for name, p in model.named_parameters() if f".{name}".endswith(endings)}
 
 

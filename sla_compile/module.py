@@ -17,6 +17,8 @@ from sla_compile.functional import sparse_linear_attention
 INITIAL_ALPHA = 0.9
 
 ROUTERS = ("router_q", "router_k")
+NAMES = ("proj_weight", "proj_bias", "alpha_logit", *ROUTERS)
+"""The parameters of both methods, in the order of a state dict."""
 
 
 class SparseLinearAttention(nn.Module):
@@ -125,7 +127,7 @@ def parameter_shapes(
     Raises:
         ValueError: the shape of alpha is not known.
     """
-    shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(("proj_weight", "proj_bias", "alpha_logit", *ROUTERS))
+    shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(NAMES)
     if config.has_projection:
         shapes |= {"proj_weight": (head_dim, head_dim), "proj_bias": (head_dim,)}
     if config.has_alpha:
