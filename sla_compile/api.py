@@ -117,7 +117,7 @@ def accelerate_module(
     allow_no_match: bool = False,
     sizes: Mapping[str, Sizes] | None = None,
 ) -> None:
-    """:func:`accelerate` for a module, with the sizes of attentions where they are known (those of a saved file)."""
+    """:func:`accelerate` for a module, with `sizes` for what structure does not tell (from a saved file)."""
     _check_unwrapped(model)
     planned, sites = plan_module(model, choice, example_inputs, sizes)
     choice.check_patterns(sites)

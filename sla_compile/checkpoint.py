@@ -102,7 +102,7 @@ def _described(module: SparseLinearAttention) -> dict[str, Any]:
 
 
 def _accelerate(model: nn.Module, path: Any, sites: dict[str, dict[str, Any]]) -> None:
-    """Accelerates just the attentions of a file; its sizes are taken, which structure may not tell."""
+    """Accelerates just the attentions of a file, with its sizes where structure tells none."""
     configs = {name: SLAConfig.from_dict(site["config"]) for name, site in sites.items()}
     choice = Choice(SLAConfig(), lambda name, _: name in sites, None, configs)
     sizes = {n: Sizes(s["head_dim"], s.get("num_heads"), s.get("query_blocks")) for n, s in sites.items()}

@@ -64,7 +64,7 @@ def plan_module(
     """The owners to redirect and a row for every attention found.
 
     Args:
-        sizes: of owners by name, where they are known already; of others, structure or a run tells.
+        sizes: of owners by name, for what structure does not tell.
 
     Raises:
         ValueError: an attention cannot be decided, or an owner already has a child of our name.
@@ -96,7 +96,8 @@ def _decide_by_structure(owners: Sequence[Owner], choice: Choice, known: Mapping
     unknown: list[tuple[str, str]] = []
     for owner in owners:
         wish = choice(owner.name, owner.module)
-        sizes = known.get(owner.name) or Sizes(owner.head_dim, owner.heads)
+        rest = known.get(owner.name, Sizes())
+        sizes = Sizes(owner.head_dim or rest.head_dim, owner.heads or rest.heads, rest.query_blocks)
         site = Site(owner.name, False, head_dim=sizes.head_dim)
         if isinstance(wish, str):
             decided.append(Decision(owner.name, None, site.replace(reason=wish)))
