@@ -20,11 +20,22 @@ from kernel_cases import DTYPES, NAMES, Case
 from torch import Tensor
 from torch.nn import functional as F
 
-from sla_compile.kernels import cpu, cpu_blocks, cpu_linear
+from sla_compile.kernels import cpu, cpu_blocked, cpu_blocks, cpu_linear, native
 from sla_compile.kernels.routing import route
 from sla_compile.kernels.spec import Spec
 
 EXAMPLES = int(os.environ.get("SLA_HYPOTHESIS_EXAMPLES", "40"))
+
+
+@pytest.fixture(autouse=True, params=["native", "blocked"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs on the compiled kernels and on PyTorch operations."""
+    if request.param == "blocked":
+        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setenv("SLA_COMPILE_NATIVE", "0")
+    elif native.library() is None:
+        pytest.skip("no C compiler")
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +125,7 @@ def check(case: Case) -> None:
     for name, result, exact, low, scale in zip(NAMES, results, oracle, eager, scales, strict=True):
         if result is None:
             continue
-        if name == "grad_weight" and cpu._dtypes(inputs[0])[1] == torch.bfloat16:
+        if name == "grad_weight" and cpu_blocked._dtypes(inputs[0])[1] == torch.bfloat16:
             result = result.to(torch.bfloat16)  # as its terms were rounded
         finite = exact.isfinite()
         largest = exact[finite].abs().max().item() if finite.any() else 0.0
@@ -194,7 +205,7 @@ def test_parameters_keep_their_dtype(proj_dtype: str) -> None:
 @pytest.mark.parametrize("tiles", [True, False])
 def test_bfloat16_with_and_without_tiles(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to compute bfloat16, whatever this processor has."""
-    monkeypatch.setattr(cpu, "_has_bfloat16_tiles", lambda: tiles)
+    monkeypatch.setattr(cpu_blocked, "_has_bfloat16_tiles", lambda: tiles)
     for case in (
         Case(length=300, dim=64, dtype="bf16", mask="row", batch=2),
         Case(length=256, dim=40, dtype="bf16", heads=4, layout="spread"),
@@ -203,13 +214,13 @@ def test_bfloat16_with_and_without_tiles(tiles: bool, monkeypatch: pytest.Monkey
         Case(length=200, dim=24, dtype="bf16", feature_map="relu", mask="additive", magnitude=4.0),
     ):
         inputs = draw(case)[0]
-        assert cpu._dtypes(inputs[0]) == (torch.float32, torch.bfloat16 if tiles else torch.float32)
+        assert cpu_blocked._dtypes(inputs[0]) == (torch.float32, torch.bfloat16 if tiles else torch.float32)
         check(case)
 
 
 @pytest.mark.parametrize("few", ["critical", "marginal"])
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
-def test_sums_by_list(few: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_by_list(few: str, dtype: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block in 37 is the odd one out: it is summed, or subtracted from the total, instead of a matrix product.
 
     One row is the other way round: it must neither be drowned by a total nor come to one.
@@ -231,7 +242,8 @@ def test_sums_by_list(few: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cpu_linear.BlockSums, "__init__", spy)
     check(case)
     # Forward; rows and columns of the backward. Products of bfloat16 operands need no list.
-    assert used == [cpu._dtypes(inputs[0])[1] != torch.bfloat16] * 3
+    if kernels == "blocked" or dtype == "fp64":
+        assert used == [cpu_blocked._dtypes(inputs[0])[1] != torch.bfloat16] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -110,6 +110,7 @@ def test_wheel_contents(built, name, tmp_path):
     assert {entry for entry in names if entry.endswith(".py")} == set(modules)
     others = {entry.split("/", 1)[1] for entry in names if not entry.endswith(".py")}
     assert others == {
+        "kernels/cpu_native.c",
         "py.typed",
         "METADATA",
         "WHEEL",
