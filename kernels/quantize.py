@@ -18,9 +18,9 @@ original q. So a log-sum-exp means the same whatever the number of bits, and the
 q and k as it always does. It has no need of smoothing: its products of 16-bit numbers are exact, its sums float32, and
 the error of S about 2^-24 of sum |q k|, a share of P that is far below its own rounding to 16 bit.
 
-The backward's P is exp(S - logsumexp) with the quantised forward's log-sum-exp, so it is off by exp(S - S'), and above 1
-where a large score was rounded down. Where scores are so large that int8 misses them by 11, P passes what float16 holds:
-no model whose 8-bit forward means anything has such scores, and bfloat16 stays finite.
+The backward's P is exp(S - logsumexp) with the quantised forward's log-sum-exp: it is off by exp(S - S'), and above 1
+where a large score was rounded down. Where scores are so large that int8 misses them by 11, P passes what float16
+holds: no model whose 8-bit forward means anything has such scores, and bfloat16 stays finite.
 """
 
 from __future__ import annotations
