@@ -46,6 +46,34 @@ def test_fine_tune_learns_and_its_file_loads(capsys):
     assert "4 parameters" in capsys.readouterr().out
 
 
+def test_fine_tune_sla2_takes_both_stages(capsys, tmp_path):
+    arguments = ["--small", "--folder", str(tmp_path)]
+    calibration, losses = load(FOLDER / "fine_tune_sla2.py").main(arguments)
+    assert [row.name for row in calibration] == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert all(row.after < row.before for row in calibration)
+    assert torch.tensor(losses[-5:]).mean() < torch.tensor(losses[:5]).mean()
+    told = capsys.readouterr().out
+    assert "blocks.1.attn1" in told and "saved and loaded" in told
+    assert load(FOLDER / "fine_tune_sla2.py").main([*arguments, "--steps", "1"])[0] == calibration  # resumed
+
+
+def test_moving_shapes_learns(tmp_path):
+    untrained = load(FOLDER / "moving_shapes.py").main(["--small", "--steps", "1"])
+    trained = load(FOLDER / "moving_shapes.py").main(["--small", "--steps", "60", "--save", str(tmp_path / "w.pt")])
+    assert trained < 0.8 * untrained
+    assert torch.load(tmp_path / "w.pt")
+
+
+def test_ordering(capsys):
+    rows = load(FOLDER / "ordering.py").main(["--small"])
+    assert [row["name"] for row in rows] == ["dense", "sparse only", "SLA", "SLA2, no stage 1", "SLA2"]
+    assert rows[0]["before"][0] == 0 and all(0 < row["before"][0] < 1 for row in rows[1:])
+    assert rows[1]["before"] == rows[2]["before"]  # SLA's projection is zero at first
+    assert rows[4]["before"][0] < rows[3]["before"][0]  # stage 1 is for this
+    assert all(math.isfinite(value) for row in rows for value in (*row["before"], *row["after"]))
+    assert "| SLA2 | 50% |" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 def test_export_onnx(tmp_path):
     pytest.importorskip("onnxruntime")
