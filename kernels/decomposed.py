@@ -51,12 +51,11 @@ def forward(
     low_bit: str,
     impl_version: int,
 ) -> tuple[Tensor, Tensor]:
-    """``O_s + O_l W^T + b`` (SLA, arXiv 2509.24006, equations 2 to 6): arguments and results as of the op
-    ``sla_compile::sparse_linear_attention``, for inference; the length may be symbolic."""
-    if alpha is not None or router_q is not None or router_k is not None or low_bit != "none":
-        raise NotImplementedError(
-            'SLA2 and low_bit have no decomposition yet; export a model with method="sla" and low_bit=None'
-        )
+    """``O_s + O_l W^T + b`` (SLA, arXiv 2509.24006, equations 2 to 6) or ``alpha O_s + (1 - alpha) O_l`` (SLA2, arXiv
+    2602.12675): arguments and results as of the op ``sla_compile::sparse_linear_attention``, for inference; the length
+    may be symbolic."""
+    if low_bit != "none":
+        raise NotImplementedError(f'low_bit="{low_bit}" has kernels only; accelerate with low_bit=None for this export')
     batch, heads, length, dim = query.shape
     kv_heads, group = key.shape[1], heads // key.shape[1]
     spec = Spec(scale, feature_map, linear, block_q, block_k)
@@ -70,7 +69,7 @@ def forward(
     if block_map is None:
         block_map = route(
             queries, keys, length, bias, spec, sparsity=sparsity, negligible=negligible,
-            critical_blocks=critical_blocks, pinned=pinned,
+            critical_blocks=critical_blocks, pinned=pinned, router_q=router_q, router_k=router_k,
         )  # fmt: skip
     else:
         block_map = F.pad(block_map, (0, columns - block_map.shape[3], 0, rows - block_map.shape[2]))
@@ -87,8 +86,9 @@ def forward(
     else:
         output, logsumexp = _sparse(queries, keys, values, bias, critical, spec)
     if linear != "none":
-        if proj_weight is None:
-            raise ValueError(f'linear="{linear}" needs proj_weight')
+        valid = bias > -torch.inf
+        if alpha is not None:  # see smoothing.py
+            keys = keys - _mean(keys, valid)
         # The ones give the denominator as one more column of the product.
         weighted = torch.cat([values, torch.ones_like(values[..., :1])], -1) * bias.exp()[..., None]
         sums = feature(keys, feature_map).transpose(-1, -2) @ weighted  # (B, H_kv, T_n, D, D + 1)
@@ -97,8 +97,15 @@ def forward(
         denominator = product[..., dim:] + spec.epsilon
         defined = denominator > MIN_DENOMINATOR
         mean = torch.where(defined, product[..., :dim] / torch.where(defined, denominator, 1), 0)
-        offset = None if proj_bias is None else proj_bias.to(dtype)
-        output = output + F.linear(mean, proj_weight.to(dtype), offset)
+        if alpha is not None:
+            marginal = ((block_map == 0) & valid[:, :1].any(-1)[:, :, None]).any(-1)
+            share = torch.where(marginal, _by_row(alpha.to(dtype), rows), 1)[..., None, None]
+            output = share * output + (1 - share) * mean
+        elif proj_weight is not None:
+            offset = None if proj_bias is None else proj_bias.to(dtype)
+            output = output + F.linear(mean, proj_weight.to(dtype), offset)
+        else:
+            raise ValueError(f'linear="{linear}" needs proj_weight or alpha')
 
     output = output.view(batch, heads, rows * block_q, dim)[:, :, :length].to(query.dtype)
     logsumexp = logsumexp.view(batch, heads, rows * block_q)[:, :, :length]
@@ -117,6 +124,8 @@ def route(
     negligible: float,
     critical_blocks: int,
     pinned: tuple[int, int],
+    router_q: Tensor | None = None,
+    router_k: Tensor | None = None,
 ) -> Tensor:
     """The block map of routing.py, by rank: int32 (B, H, T_m, T_n); TensorRT takes int8 for something quantised.
 
@@ -134,6 +143,10 @@ def route(
     pooled_key = pooled_key - (pooled_key * count).sum(2, keepdim=True) / count.sum(2, keepdim=True).clamp(min=1)
     tokens = torch.arange(rows * spec.block_q, device=device).view(rows, spec.block_q) < length
     pooled_query = queries.float().sum(3) / tokens.sum(1, keepdim=True).clamp(min=1)
+    if router_q is not None:
+        pooled_query = F.linear(pooled_query, router_q.float())
+    if router_k is not None:
+        pooled_key = F.linear(pooled_key, router_k.float())
 
     grouped = pooled_query.view(batch, kv_heads, heads // kv_heads * rows, dim)
     scores = (grouped @ pooled_key.transpose(-1, -2)).view(batch, heads, rows, columns) * spec.scale
@@ -171,6 +184,17 @@ def _blocks(tokens: Tensor, block: int, count: int) -> Tensor:
     if not (isinstance(length, int) and length == count * block):
         tokens = F.pad(tokens, (0, 0, 0, count * block - length))
     return tokens.contiguous().view(batch, heads, count, block, dim)
+
+
+def _mean(tokens: Tensor, valid: Tensor) -> Tensor:
+    """Mean of the tokens (B, H, T, b, D) that take part, (B, H, T, b): (B, H, 1, 1, D), 0 where none does."""
+    total = torch.where(valid[..., None], tokens, 0).sum((2, 3), keepdim=True)
+    return total / valid.sum((2, 3), keepdim=True)[..., None].clamp(min=1)
+
+
+def _by_row(alpha: Tensor, rows: int) -> Tensor:
+    """alpha (H, 1) or (H, T_m), the latter padded to the number of rows."""
+    return alpha if alpha.shape[1] == 1 else F.pad(alpha, (0, rows - alpha.shape[1]))
 
 
 def _padded_bias(bias: Tensor | None, length: int, padded: int, device: torch.device) -> Tensor:

@@ -22,7 +22,10 @@ LENGTHS = (200, 1, 63, 64, 65, 128, 333)  # the example's first; one block, a fu
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of attention; 4 query heads share 2 key heads, 12 dimensions, scale 0.2."""
+    """A kind of attention; 4 query heads share 2 key heads, 12 dimensions, scale 0.2.
+
+    SLA2 where the configuration says so: with routers, and alpha as `alpha_per` has it.
+    """
 
     name: str
     config: SLAConfig
@@ -33,10 +36,10 @@ class Case:
     @property
     def dynamic_shapes(self):
         tokens = ({2: LENGTH},) * 3
-        return (*tokens, None, None, None if self.mask is None else {3: LENGTH}, None)
+        return (*tokens, None, None, None if self.mask is None else {3: LENGTH}, *(None,) * 4)
 
     def inputs(self, length):
-        """query, key, value, projection, mask, block map; the same for the same length."""
+        """query, key, value, projection, mask, block map, routers, alpha; the same for the same length."""
         generator = torch.Generator().manual_seed(length)
 
         def draw(*shape):
@@ -56,7 +59,12 @@ class Case:
             count = num_blocks(length, 64)
             blocks = torch.randint(-1, 2, (2, 4, count, count), generator=generator, dtype=torch.int8)
             blocks[..., 0] = 1
-        return (*(t.to(self.dtype) for t in tokens), weight, bias, mask, blocks)
+        routers_and_alpha = (None, None, None)
+        if self.config.has_alpha:
+            shared = 1 if self.config.alpha_per == "head" else num_blocks(length, self.config.block_q)
+            routers_and_alpha = (draw(12, 12), draw(12, 12), torch.rand(4, shared, generator=generator))
+            tokens = (query, key + 1, tokens[2])  # keys with a mean
+        return (*(t.to(self.dtype) for t in tokens), weight, bias, mask, blocks, *routers_and_alpha)
 
 
 def config(**options):
@@ -72,7 +80,15 @@ CASES = [
     Case("all_keys_relu", config(linear="all", feature_map="relu"), "bool"),
     Case("float64", config(negligible=0.3), "float", dtype=torch.float64),
 ]
-BLOCK_MAP = Case("block_map", config(), "bool", block_map=True)  # its size is a quotient: no dynamic length
+SLA2 = [
+    Case("sla2", config(method="sla2")),
+    Case("sla2_mask_pinned", config(method="sla2", feature_map="elu", pinned=(20, 130)), "bool"),
+    Case("sla2_all_keys", config(method="sla2", linear="all"), "float"),
+]
+CASES += SLA2
+# Sizes that are quotients of the length: no dynamic one.
+SLA2_BY_BLOCK = Case("sla2_by_block", config(method="sla2", alpha_per="block", block_q=128), "bool")
+BLOCK_MAP = Case("block_map", config(), "bool", block_map=True)
 
 
 class Attention(nn.Module):
@@ -82,10 +98,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = case.config
 
-    def forward(self, query, key, value, weight, bias, mask, block_map):
+    def forward(self, query, key, value, weight, bias, mask, block_map, router_q, router_k, alpha):
         return sparse_linear_attention(
             query, key, value, config=self.config, proj_weight=weight, proj_bias=bias, key_padding_mask=mask,
-            block_map=block_map, scale=0.2, enable_gqa=True,
+            block_map=block_map, scale=0.2, enable_gqa=True, router_q=router_q, router_k=router_k, alpha=alpha,
         )  # fmt: skip
 
 

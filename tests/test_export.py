@@ -7,6 +7,8 @@ from export_cases import (
     CASES,
     LENGTHS,
     NETWORK_SHAPES,
+    SLA2,
+    SLA2_BY_BLOCK,
     Attention,
     difference,
     network,
@@ -51,7 +53,7 @@ def test_one_decomposed_program_for_every_length(case):
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
-@pytest.mark.parametrize("case", by_name([CASES[0], BLOCK_MAP]))
+@pytest.mark.parametrize("case", by_name([CASES[0], BLOCK_MAP, SLA2_BY_BLOCK]))
 def test_static_length(case, strict):
     model, program = attention_program(case, dynamic=False, strict=strict)
     inputs = case.inputs(200)
@@ -61,13 +63,20 @@ def test_static_length(case, strict):
 
 @pytest.mark.parametrize("length", [65, 128])
 def test_logsumexp(length):
-    for case in (CASES[1], CASES[4], BLOCK_MAP):
-        query, key, value, weight, bias, mask, block_map = case.inputs(length)
-        rest = (weight, bias, None, None, None, mask, block_map)
+    for case in (CASES[1], CASES[4], BLOCK_MAP, *SLA2):
+        query, key, value, weight, bias, mask, block_map, *sla2 = case.inputs(length)
+        rest = (weight, bias, *sla2, mask, block_map)
         scalars = (0.2, *sla_compile.ops.op_scalars(case.config, 12, None)[1:])
         _, result = decomposed.forward(query, key, value, *rest, *scalars)
         _, expected = torch.ops.sla_compile.sparse_linear_attention(query, key, value, *rest, *scalars)
         torch.testing.assert_close(result, expected)
+
+
+def test_low_bit_has_kernels_only():
+    query, key, value, weight, *_ = CASES[0].inputs(65)
+    scalars = sla_compile.ops.op_scalars(CASES[0].config.replace(low_bit="int8"), 12, None)
+    with pytest.raises(NotImplementedError, match='low_bit="int8" has kernels only; accelerate with low_bit=None'):
+        decomposed.forward(query, key, value, weight, *[None] * 6, *scalars)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])

@@ -4,7 +4,16 @@ import os
 
 import pytest
 import torch
-from export_cases import BLOCK_MAP, CASES, LENGTHS, NETWORK_SHAPES, Attention, difference, network
+from export_cases import (
+    BLOCK_MAP,
+    CASES,
+    LENGTHS,
+    NETWORK_SHAPES,
+    SLA2_BY_BLOCK,
+    Attention,
+    difference,
+    network,
+)
 from models import build, make_inputs
 from torch.export import export
 
@@ -59,7 +68,7 @@ def test_one_file_for_every_length(case, tmp_path):
 
 
 @pytest.mark.parametrize("length", [192, 200])
-@pytest.mark.parametrize("case", [*CASES, BLOCK_MAP], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, BLOCK_MAP, SLA2_BY_BLOCK], ids=lambda case: case.name)
 def test_static_length(case, length, tmp_path):
     model, inputs = Attention(case), case.inputs(length)
     path = file_of(model, tmp_path / "attention.onnx", inputs)
@@ -85,10 +94,9 @@ def test_unused_statistics_are_gone_and_used_ones_right(tmp_path):
     scalars = (0.2, *sla_compile.ops.op_scalars(case.config, 12, None)[1:])
 
     class Statistics(torch.nn.Module):
-        def forward(self, query, key, value, weight, bias, *rest):
-            routers_and_alpha = (None, None, None)
+        def forward(self, query, key, value, weight, bias, mask, block_map, *sla2):
             return torch.ops.sla_compile.sparse_linear_attention(
-                query, key, value, weight, bias, *routers_and_alpha, *rest, *scalars
+                query, key, value, weight, bias, *sla2, mask, block_map, *scalars
             )[1]
 
     for number in (1, 3):  # also one with pinned tokens
@@ -207,6 +215,17 @@ def test_bfloat16_where_it_is_wanted(tmp_path):
     assert types == {onnx.TensorProto.BFLOAT16}
     with pytest.raises(Exception, match="Could not find an implementation for"):  # as the error without it says
         onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def test_low_bit_is_refused(tmp_path):
+    class Call(torch.nn.Module):
+        def forward(self, query):
+            config = SLAConfig(linear="none", low_bit="int8")
+            return sla_compile.sparse_linear_attention(query, query, query, config=config)
+
+    with pytest.raises(Exception, match='low_bit="int8" has kernels only; accelerate with low_bit=None'):
+        file_of(Call(), tmp_path / "attention.onnx", (torch.randn(1, 2, 200, 16),))
+    assert not os.listdir(tmp_path)
 
 
 def test_from_a_program(tmp_path):

@@ -36,7 +36,7 @@ def test_network_for_two_gpus_static_and_dynamic(example, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("case", CASES[:6], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.dtype == torch.float32], ids=lambda case: case.name)
 def test_every_kind_of_attention(case, dynamic, example, tmp_path):
     inputs = case.inputs(200)
     path = file_of(Attention(case), tmp_path / "attention.onnx", inputs, case.dynamic_shapes if dynamic else None)
