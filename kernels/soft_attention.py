@@ -99,12 +99,14 @@ class _SoftAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, logsumexp = ctx.saved_tensors
-        grads = [torch.zeros_like(tensor) for tensor in tensors[:7]]
+        tokens = any(ctx.needs_input_grad[:5])  # in stage 1 the shares and alpha alone
+        grads = [torch.zeros_like(tensor) if tokens or i > 4 else None for i, tensor in enumerate(tensors[:7])]
         for heads, chunks in _chunks(tensors[0], tensors[2], ctx.spec):
             call = _Heads(tensors, heads, ctx.spec)
             for rows in chunks:
                 call.rows(rows, logsumexp).backward(grad, grads)
-            call.finish(grads)
+            if tokens:
+                call.finish(grads)
         return *grads, None, None
 
 
@@ -136,7 +138,7 @@ class _Heads:
         """A range of query blocks."""
         return _Rows(self, rows, None if logsumexp is None else logsumexp[self.heads])
 
-    def finish(self, grads: list[Tensor]) -> None:
+    def finish(self, grads: list[Any]) -> None:
         """Hands the gradients of the states on to the features and values of the keys."""
         features, values = (self.tensors[i].unflatten(1, (-1, self.spec.block_k)) for i in (3, 4))
         grad_states = self.grad_states.unflatten(-1, (features.shape[-1], -1))
@@ -181,8 +183,8 @@ class _Rows:
         sparse = (self.probabilities.flatten(1, 2) @ self.value).view_as(self.query)
         return self.alpha * sparse + (1 - self.alpha) * self.linear
 
-    def backward(self, grad_output: Tensor, grads: list[Tensor]) -> None:
-        """Adds to the gradients of `_SoftAttention.forward`'s arguments."""
+    def backward(self, grad_output: Tensor, grads: list[Any]) -> None:
+        """Adds to the gradients of `_SoftAttention.forward`'s arguments; those of tokens may be left out as None."""
         call, heads, spec = self.call, self.call.heads, self.spec
         grad = grad_output[heads, self.tokens].view_as(self.query)
 
@@ -193,11 +195,12 @@ class _Rows:
             grad_scores.sub_(delta).unflatten(-1, (-1, spec.block_k)).mul_(self.unshared).mul_(self.alpha[..., None])
         )
         grad_shares = grad_scores.sum((2, 4))
-        grad_scores = grad_scores.mul_(self.shares[:, :, None, :, None]).flatten(3).flatten(1, 2).mul_(spec.scale)
-        grads[0][heads, self.tokens] += grad_scores @ self.key
-        grads[2][heads] += grad_scores.transpose(1, 2) @ self.query.flatten(1, 2)
-        shared = (self.alpha * grad).flatten(1, 2)
-        grads[4][heads] += self.probabilities.flatten(1, 2).transpose(1, 2) @ shared
+        if grads[0] is not None:
+            grad_scores = grad_scores.mul_(self.shares[:, :, None, :, None]).flatten(3).flatten(1, 2).mul_(spec.scale)
+            grads[0][heads, self.tokens] += grad_scores @ self.key
+            grads[2][heads] += grad_scores.transpose(1, 2) @ self.query.flatten(1, 2)
+            shared = (self.alpha * grad).flatten(1, 2)
+            grads[4][heads] += self.probabilities.flatten(1, 2).transpose(1, 2) @ shared
 
         # dH = (phi(Q) / den)^T dO_l; dZ = -(phi(Q) / den)^T delta_l; dM = -(dH h + dZ z)
         delta_linear = (grad * self.linear).sum(-1, keepdim=True)
@@ -207,13 +210,14 @@ class _Rows:
         scaled = (self.features * self.inverse).transpose(2, 3)
         grad_states = (scaled @ rest).flatten(2)
         grad_sums = -(scaled @ delta_linear).squeeze(-1)
-        grad_features = (rest @ self.states.transpose(2, 3) - delta_linear * self.sums.transpose(2, 3)) * self.inverse
-        grads[1][heads, self.tokens] += grad_features.flatten(1, 2)
         if spec.linear != "all":
             grad_shares -= grad_states @ call.states.transpose(1, 2) + grad_sums @ call.sums.transpose(1, 2)
         grads[5][heads, self.blocks] += grad_shares
-        call.grad_states += self.complement.transpose(1, 2) @ grad_states
-        call.grad_sums += self.complement.transpose(1, 2) @ grad_sums
+        if grads[0] is not None:
+            grad_features = rest @ self.states.transpose(2, 3) - delta_linear * self.sums.transpose(2, 3)
+            grads[1][heads, self.tokens] += (grad_features * self.inverse).flatten(1, 2)
+            call.grad_states += self.complement.transpose(1, 2) @ grad_states
+            call.grad_sums += self.complement.transpose(1, 2) @ grad_sums
 
 
 def _largest_exponent(dtype: torch.dtype) -> float:
