@@ -51,8 +51,9 @@ COLUMNS = (
 SHOWN = {"onnx.checker": "passes", "TensorRT-RTX": "{:.1f} MiB"}  # differences in the others
 LEGEND = """
 * **strict**, **not strict**: `torch.export.export` with the one length; **dynamic**: not strict, with every size
-  dynamic that differs between short and long inputs (DiT: the batch, since its position embeddings fix the length),
-  compared at three sizes. This program goes on to the other columns, which compare at all three, too.
+  dynamic that differs between short and long inputs (DiT: the batch, since its position embeddings fix the length; LTX
+  gets its positions as a tensor, since numbers are fixed in any program), compared at three sizes. This program goes on
+  to the other columns, which compare at all three, too.
 * **.pt2 reloaded**: `torch.export.save`, loaded in a fresh process after `import sla_compile` alone.
 * **AOTI Python**: `sla_compile.export.aoti`, loaded in a fresh process that does not import sla_compile; **AOTI C++**:
   by a program that is not linked with Python.
@@ -91,7 +92,7 @@ class Model:
 
     def __init__(self, name: str, accelerated: bool, folder: Path, runner: Path) -> None:
         self.name, self.folder, self.runner = name, folder, runner
-        self.calls = [zoo.inputs(name, extra) for extra in range(3)]
+        self.calls = [_inputs(name, extra) for extra in range(3)]
         if not _different(self.calls):
             self.calls = [_repeated(self.calls[0], times) for times in (2, 1, 3)]
         self.model = accelerate(name, self.calls[0]) if accelerated else zoo.build(name)
@@ -237,6 +238,15 @@ def accelerate(name: str, inputs: dict) -> nn.Module:
         for parameter in sla_compile.parameters(model):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model
+
+
+def _inputs(name: str, extra: int) -> dict[str, Any]:
+    call = zoo.inputs(name, extra)
+    if name == "LTXVideoTransformer3DModel":  # numbers of frames and rows are baked; positions as a tensor are not
+        sizes = (call.pop("num_frames"), call.pop("height"), call.pop("width"))
+        positions = torch.cartesian_prod(*(torch.arange(size).float() for size in sizes))
+        call["video_coords"] = positions.T[None].contiguous()
+    return call
 
 
 def _different(calls: list[dict]) -> dict[str, Any] | None:

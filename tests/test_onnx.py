@@ -217,6 +217,21 @@ def test_bfloat16_where_it_is_wanted(tmp_path):
         onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
+def test_masks_that_are_made_of_booleans(tmp_path):
+    """As HunyuanVideo's, with a choice between booleans, which ONNX Runtime has no kernel for."""
+
+    class Masked(torch.nn.Module):
+        def forward(self, query, valid, fill):
+            mask = valid[:, None, None].masked_fill(fill[:, None, None], True)
+            mask = torch.where(fill[:, None, None], mask, valid[:, None, None])
+            config = SLAConfig(linear="none", sparsity=0.7)
+            return sla_compile.sparse_linear_attention(query, query, query, config=config, key_padding_mask=mask)
+
+    inputs = torch.randn(2, 2, 200, 16), torch.rand(2, 200) > 0.5, torch.rand(2, 200) > 0.8
+    path = file_of(Masked(), tmp_path / "attention.onnx", inputs)
+    assert difference(run(path, *inputs), Masked()(*inputs)) < TOLERANCE
+
+
 def test_low_bit_is_refused(tmp_path):
     class Call(torch.nn.Module):
         def forward(self, query):

@@ -74,6 +74,8 @@ def onnx(
         TypeError: the model holds bfloat16 tensors.
     """
     translations = {**onnx_translations(rows_per_step), **options.pop("custom_translation_table", {})}
+    from sla_compile.export.onnx_boolean import replace_boolean_where
+
     check_opset(opset_version)
     program = exported(model, args, kwargs, dynamic_shapes)
     check_accelerated(program, "torch.onnx.export")
@@ -83,6 +85,7 @@ def onnx(
     result: Any = torch.onnx.export(
         program, dynamo=True, opset_version=opset_version, custom_translation_table=translations, **options
     )
+    replace_boolean_where(result.model)
     if path is not None:
         import onnx.checker
 
