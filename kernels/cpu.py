@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sla_compile.kernels import cpu_blocked, native
+from sla_compile.kernels.quantize import LOW_BIT as LOW_BIT  # what the op may ask for
 from sla_compile.kernels.spec import Spec
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sla_compile.kernels.cpu_blocks import CriticalBlocks, blocks_of, contiguous_blocks, row_groups, thread_workspace
 from sla_compile.kernels.cpu_linear import LinearHead
+from sla_compile.kernels.cpu_low_bit import LowBitHead
 from sla_compile.kernels.cpu_sparse import quotient, sparse_backward, sparse_forward
 from sla_compile.kernels.spec import Spec, num_blocks
 
@@ -53,22 +54,27 @@ def forward(
             for kv_head in range(key.shape[1]):
                 keys = contiguous_blocks(key[entry, kv_head], spec.block_k, operand, workspace, "keys")
                 values = contiguous_blocks(value[entry, kv_head], spec.block_k, operand, workspace, "values")
-                linear = None
+                mean = None if key_mean is None else key_mean[entry, kv_head]
+                linear = low_bit = None
                 if spec.linear != "none":
-                    mean = None if key_mean is None else key_mean[entry, kv_head]
                     linear = LinearHead(keys, values, key_weight, length, weight, mean, spec, workspace, kept=False)
+                if spec.low_bit != "none":
+                    token_bias = None if key_bias is None else key_bias[entry]
+                    low_bit = LowBitHead(key[entry, kv_head], value[entry, kv_head], token_bias, mean, spec, dtype)
                 for head in range(kv_head * group, (kv_head + 1) * group):
                     queries = blocks_of(query[entry, head], spec.block_q, operand, workspace, "queries")
                     critical = CriticalBlocks(block_map[entry, head] == 1)
                     target, statistics = _targets(output[entry, head], logsumexp[entry, head], spec.block_q)
                     if linear is not None:
                         linear.start(block_map[entry, head] == 0)
+                    if low_bit is not None:
+                        low_bit.start(query[entry, head])
                     for rows in row_groups(queries.shape[0]):
                         share, rest = _shares(alpha, entry, head, rows)
                         added = None if linear is None else linear.forward(queries[rows], rows, offset, rest)
                         sparse_forward(
                             queries[rows], keys, values, bias, critical, rows, spec.scale, share, added,
-                            target[rows], statistics[rows], workspace,
+                            low_bit, target[rows], statistics[rows], workspace,
                         )  # fmt: skip
                     _store(output[entry, head], target)
                     _store(logsumexp[entry, head, :, None], statistics)
@@ -94,8 +100,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, proj_weight, proj_bias and alpha (algorithm 2 of SLA, its ``dV_j =`` as ``+=``).
 
-    Arguments as of :func:`forward`, with its two results, of which `output` is not needed here; `grad_output`
-    (B, H, L, D) has any strides. The key's gradient is that for a constant `key_mean`.
+    Arguments as of :func:`forward`, with its two results, of which `output` is needed after a low-bit forward only;
+    `grad_output` (B, H, L, D) has any strides. The key's gradient is that for a constant `key_mean`.
     """
     batch, heads, length, dim = query.shape
     dtype, operand = _dtypes(query)
@@ -125,24 +131,35 @@ def backward(
                     )
                     critical = CriticalBlocks(block_map[entry, head] == 1)
                     target = _target(grads[0][entry, head], spec.block_q)
+                    outputs = None
+                    if spec.low_bit != "none":
+                        outputs = blocks_of(output[entry, head], spec.block_q, dtype, workspace, "outputs")
                     if linear is not None:
                         linear.start(block_map[entry, head] == 0)
                         linear.start_backward()
                     for rows in row_groups(queries.shape[0]):
                         part = grad[rows]
                         share, rest = _shares(alpha, entry, head, rows)
+                        # The quantised O_s is not sum P V: its delta is what is left of the output's.
+                        of_sparse = (
+                            None if outputs is None else (part * outputs[rows]).sum(-1, keepdim=True, dtype=dtype)
+                        )
+                        if of_sparse is not None and offset is not None:
+                            of_sparse -= (part * offset).sum(-1, keepdim=True, dtype=dtype)
                         if linear is None:
                             grad_queries = workspace("query_grads", *part.shape).zero_()
                         else:
                             grad_linear = part if rest is None else (rest * part).to(operand)
                             grad_queries, delta = linear.query_backward(grad_linear, queries[rows], rows)
+                            if of_sparse is not None:
+                                of_sparse -= delta
                             if grad_alpha is not None and rest is not None:
                                 grad_alpha[entry, head, rows] -= quotient(delta.sum((1, 2)), rest.view(-1))
                         if grad_offset is not None:
                             grad_offset += part.sum((0, 1), dtype=dtype)
                         of_share = sparse_backward(
                             part, queries[rows], keys, values, bias, critical, rows, spec.scale, statistics[rows],
-                            share, grad_queries, grad_keys, grad_values, workspace,
+                            share, of_sparse, grad_queries, grad_keys, grad_values, workspace,
                         )  # fmt: skip
                         if grad_alpha is not None:
                             grad_alpha[entry, head, rows] += of_share

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sla_compile.kernels.cpu_blocks import CriticalBlocks, Workspace, gather
+from sla_compile.kernels.cpu_low_bit import LowBitHead
 
 
 def sparse_forward(
@@ -23,6 +24,7 @@ def sparse_forward(
     scale: float,
     alpha: Tensor | None,
     linear: Tensor | None,
+    low_bit: LowBitHead | None,
     output: Tensor,
     logsumexp: Tensor,
     workspace: Workspace,
@@ -36,6 +38,7 @@ def sparse_forward(
         critical, rows: which key blocks, and which of the head's query blocks these are.
         alpha: (rows, 1, 1), the share of this branch, or None for 1.
         linear: (rows, b_q, D), contiguous, what the other branch adds, or None; overwritten.
+        low_bit: the quantised operands to take instead, or None.
         output: (rows, b_q, D), any strides; logsumexp: (rows, b_q, 1): written.
     """
     attend = _attend_fused if keys.dtype == torch.bfloat16 else _attend
@@ -50,7 +53,11 @@ def sparse_forward(
         # A slice of rows is added to in place, listed rows in a copy.
         added = result[part]
         share = None if alpha is None else alpha[part]
-        logsumexp[part] = attend(queries[part], keys, values, mask, columns, scale, share, added, workspace)
+        if low_bit is not None:
+            listed = torch.arange(rows.start, rows.stop)[part]
+            logsumexp[part] = low_bit.attend(listed, columns, mask, share, added, workspace)
+        else:
+            logsumexp[part] = attend(queries[part], keys, values, mask, columns, scale, share, added, workspace)
         if isinstance(part, Tensor):
             result[part] = added
     output.copy_(result)
@@ -128,6 +135,7 @@ def sparse_backward(
     scale: float,
     logsumexp: Tensor,
     alpha: Tensor | None,
+    delta: Tensor | None,
     grad_queries: Tensor,
     grad_keys: Tensor,
     grad_values: Tensor,
@@ -140,6 +148,7 @@ def sparse_backward(
     Args:
         critical, rows: as in the forward.
         grads: dO, (rows, b_q, D); logsumexp: (rows, b_q, 1); alpha: (rows, 1, 1) or None.
+        delta: rowsum(dO_s * O_s), (rows, b_q, 1), or None where it is rowsum(P * dP).
         grad_queries: (rows, b_q, D); grad_keys, grad_values: (T_n, b_k, D), contiguous: added to.
     """
     _, block_q, dim = queries.shape
@@ -167,10 +176,10 @@ def sparse_backward(
         weights.exp_()
         # delta = rowsum(dO * O_s) = rowsum(P * dP): from the output it would carry the rounding of O_s + O_l W^T + b.
         grad_scores.mul_(weights)
-        delta = grad_scores.sum(-1, keepdim=True)
-        grad_scores.addcmul_(weights, delta, value=-1)
+        sums = grad_scores.sum(-1, keepdim=True) if delta is None else delta[part]
+        grad_scores.addcmul_(weights, sums, value=-1)
         if grad_alpha is not None:
-            grad_alpha[part] = delta.sum((1, 2))
+            grad_alpha[part] = sums.sum((1, 2))
 
         grad_scores = workspace.copy(grad_scores, "operand", operand)
         into = grad_queries[part]

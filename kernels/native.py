@@ -103,6 +103,7 @@ def supports(query: Tensor, spec: Spec) -> bool:
     """Whether the compiled kernels take a call."""
     return (
         query.dtype != torch.float64
+        and spec.low_bit == "none"
         and spec.block_k == BLOCK_K
         and spec.block_q <= MAX_BLOCK_Q
         and spec.block_q % BLOCK_K == 0
