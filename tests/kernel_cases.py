@@ -141,28 +141,6 @@ def key_mean(key: Tensor, bias: Tensor | None) -> Tensor:
     return (key.float() * taking_part).sum(2) / taking_part.sum(2).clamp(min=1)
 
 
-def mixed_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: Tensor,
-    classes: Tensor,
-    spec: Any,
-    bias: Tensor | None,
-    mean: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """SLA2's alpha O_s + (1 - alpha) O_l, from the reference of SLA with either branch empty."""
-    from sla_compile.kernels.reference import reference_attention
-
-    sparse, logsumexp = reference_attention(query, key, value, classes, replace(spec, linear="none"), key_bias=bias)
-    linear, _ = reference_attention(
-        query, key - mean.to(key.dtype)[:, :, None], value, classes.where(classes != 1, -1), spec,
-        proj_weight=torch.eye(query.shape[3], dtype=query.dtype), key_bias=bias,
-    )  # fmt: skip
-    shares = alpha.repeat_interleave(spec.block_q, 2)[:, :, : query.shape[2], None]
-    return shares * sparse + (1 - shares) * linear, logsumexp
-
-
 def evaluate(
     inputs: list[Tensor | None],
     grad: Tensor,
@@ -179,12 +157,10 @@ def evaluate(
 
     leaves = [None if tensor is None else tensor.detach().clone().requires_grad_() for tensor in inputs]
     query, key, value, weight, proj_bias, *alpha = leaves
+    options = dict(proj_weight=weight, proj_bias=proj_bias, key_bias=bias)
     if any(tensor is not None for tensor in alpha):
-        output, logsumexp = mixed_reference(query, key, value, *alpha, classes, spec, bias, mean)
-    else:
-        output, logsumexp = reference_attention(
-            query, key, value, classes, spec, proj_weight=weight, proj_bias=proj_bias, key_bias=bias
-        )
+        options |= dict(alpha=alpha[0], key_mean=mean.to(key.dtype))
+    output, logsumexp = reference_attention(query, key, value, classes, spec, **options)
     used = [leaf for leaf in leaves if leaf is not None and not (spec.linear == "none" and leaf in leaves[3:])]
     found = iter(torch.autograd.grad(output, used, grad.to(output.dtype)))
     grads = [next(found) if any(leaf is other for other in used) else None for leaf in leaves]
