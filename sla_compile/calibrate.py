@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -171,7 +171,7 @@ def _collect(
             return
     owners = dict(model.named_modules())
     observers = {name: Observer(name, store, _why_unfit(module)) for name, module in modules.items()}
-    task = bar.add_task("collecting", total=len(batches) if hasattr(batches, "__len__") else None)
+    task = bar.add_task("collecting", total=len(batches) if isinstance(batches, Sized) else None)
     number = 0
     with _undisturbed(model):
         for name, observer in observers.items():
@@ -202,7 +202,14 @@ def _collect(
 
 
 def _why_unfit(module: SparseLinearAttention) -> Callable[[torch.Tensor], str | None]:
-    return lambda query: why_alpha_does_not_fit(module.alpha_logit, query, module.config)
+    logit = _parameters(module)[2]
+    return lambda query: why_alpha_does_not_fit(logit, query, module.config)
+
+
+def _parameters(module: SparseLinearAttention) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    """The routers and alpha's logit."""
+    named = dict(module.named_parameters())
+    return named["router_q"], named["router_k"], named["alpha_logit"]
 
 
 def _note(store: SampleStore, batches: int, complete: bool) -> None:
@@ -237,33 +244,37 @@ def _train_site(
     options: TrainingOptions,
     advance: Callable[[], None],
 ) -> tuple[Router, list[CalibratedSite]]:
-    device = module.router_q.device
+    router_q, router_k, alpha_logit = _parameters(module)
+    device = router_q.device
     samples = SiteSamples(lambda number: store.get(name, number), store.count(name), module.config, sparsities, device)
-    given = module.alpha_logit.detach().float().sigmoid()
-    before = Router(module.router_q.detach(), module.router_k.detach(), (given,) * len(sparsities))
+    given = alpha_logit.detach().float().sigmoid()
+    before = Router(router_q.detach(), router_k.detach(), (given,) * len(sparsities))
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         start = mass_start(samples, before)
         after = _rounded(train(samples, start, options, advance), module)
         measured = [errors(samples, router, samples.held_out) for router in (before, start, after)]
     held_out = len(samples.held_out) if samples.held_out != samples.training else 0
-    return after, [
-        CalibratedSite(name, sparsity, len(samples.training), held_out, *found, tuple(alpha.mean(1).tolist()))
-        for sparsity, alpha, *found in zip(sparsities, after.alphas, *measured, strict=True)
-    ]
+    rows = []
+    for index, sparsity in enumerate(sparsities):
+        one, two, three = (found[index] for found in measured)
+        heads = tuple(after.alphas[index].mean(1).tolist())
+        rows.append(CalibratedSite(name, sparsity, len(samples.training), held_out, one, two, three, heads))
+    return after, rows
 
 
 def _rounded(router: Router, module: SparseLinearAttention) -> Router:
     """The values as the module's parameters will hold them."""
-    alphas = (torch.logit(alpha).to(module.alpha_logit.dtype).float().sigmoid() for alpha in router.alphas)
-    query, key = (matrix.to(module.router_q.dtype).float() for matrix in (router.router_q, router.router_k))
+    dtypes = [parameter.dtype for parameter in _parameters(module)]
+    alphas = (torch.logit(alpha).to(dtypes[2]).float().sigmoid() for alpha in router.alphas)
+    query, key = router.router_q.to(dtypes[0]).float(), router.router_k.to(dtypes[1]).float()
     return Router(query, key, tuple(alpha.clamp(*ALPHA_RANGE) for alpha in alphas))
 
 
 @torch.no_grad()
 def _assign(module: SparseLinearAttention, router: Router) -> None:
-    module.router_q.copy_(router.router_q)
-    module.router_k.copy_(router.router_k)
-    module.alpha_logit.copy_(torch.logit(router.alphas[0]))
+    values = (router.router_q, router.router_k, torch.logit(router.alphas[0]))
+    for parameter, value in zip(_parameters(module), values, strict=True):
+        parameter.copy_(value)
 
 
 def _description(

@@ -98,33 +98,23 @@ def train(
     that is no better than the one it started with, on the samples it was trained on, is not kept.
     """
     random = torch.Generator().manual_seed(options.seed)
-    matrices = [m.detach().float().clone().requires_grad_() for m in (start.router_q, start.router_k)]
+    router_q, router_k = (m.detach().float().clone().requires_grad_() for m in (start.router_q, start.router_k))
     logits = [torch.logit(alpha.detach().float()).requires_grad_() for alpha in start.alphas]
-    optimizer = torch.optim.Adam(
-        [
-            dict(params=matrices, lr=options.learning_rate),
-            dict(params=logits, lr=10 * options.learning_rate),
-        ]
-    )
-    pooled: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    rate = options.learning_rate
+    optimizer = torch.optim.Adam([dict(params=[router_q, router_k], lr=rate), dict(params=logits, lr=10 * rate)])
+    soft_error = _SoftError(samples, options)
     for _ in range(options.steps):
-        number = _draw(len(samples.training), random)
-        density = _draw(len(samples.configs), random)
-        loss = _soft_loss(
-            samples[number], samples.configs[density], *matrices, logits[density], options, random, pooled, number
-        )
-        if loss is not None:
-            for parameter, grad in zip(
-                [*matrices, logits[density]],
-                torch.autograd.grad(loss, [*matrices, logits[density]]),
-                strict=True,
-            ):
+        number, density = _draw(len(samples.training), random), _draw(len(samples.configs), random)
+        error = soft_error(number, density, router_q, router_k, logits[density], random)
+        if error is not None:
+            trained = [router_q, router_k, logits[density]]
+            for parameter, grad in zip(trained, torch.autograd.grad(error, trained), strict=True):
                 parameter.grad = grad
             optimizer.step()
             optimizer.zero_grad()
         advance()
-    trained = Router(*(m.detach() for m in matrices), tuple(logit.detach().sigmoid() for logit in logits))
-    found = [fit_alpha(samples, router) for router in (start, trained)]
+    end = Router(router_q.detach(), router_k.detach(), tuple(logit.detach().sigmoid() for logit in logits))
+    found = [fit_alpha(samples, router) for router in (start, end)]
     before, after = (sum(errors(samples, router, samples.training)) for router in found)
     return found[1] if after < before else found[0]
 
@@ -133,47 +123,47 @@ def _draw(count: int, random: torch.Generator) -> int:
     return int(torch.randint(count, (), generator=random))
 
 
-def _soft_loss(
-    sample: Sample,
-    config: SLAConfig,
-    router_q: Tensor,
-    router_k: Tensor,
-    logit: Tensor,
-    options: TrainingOptions,
-    random: torch.Generator,
-    pooled: dict[int, tuple[Tensor, Tensor, Tensor]],
-    number: int,
-) -> Tensor | None:
-    """Squared error over the target's of some query blocks; None where nothing is left to choose."""
-    query, key, value = sample.query, sample.key, sample.value
-    length, block_q = query.shape[2], config.block_q
-    bias = None if sample.mask is None else key_bias(sample.mask, 1, length)
-    if number not in pooled:
-        pooled[number] = pooled_tokens(query, key, block_q, config.block_k, bias)
-    pooled_query, pooled_key, weight = pooled[number]
-    pinned = pinned_blocks(length, config.block_k, config.pinned, query.device)
-    columns, free = pinned.shape[0], int((~pinned).sum())
-    count = min(critical_count(columns, config.sparsity, config.critical_blocks), free)
-    open_rows = (~pinned_blocks(length, block_q, config.pinned, torch.device("cpu"))).nonzero().flatten()
-    if count == free or not len(open_rows):
-        return None  # all blocks are critical
-    picked = torch.randperm(len(open_rows), generator=random)[: options.query_blocks]
-    rows = open_rows[picked].sort().values
-    tokens = (rows[:, None] * block_q + torch.arange(block_q)).flatten()
-    tokens, rows = tokens[tokens < length].to(query.device), rows.to(query.device)
+class _SoftError:
+    """Squared error over the target's, with SoftTop-k's shares, of some query blocks of a sample at one sparsity."""
 
-    scale = default_scale(sample.scale, query.shape[-1])
-    pooled_key = F.linear(pooled_key, router_k).repeat_interleave(query.shape[1] // key.shape[1], 1)
-    scores = scale * F.linear(pooled_query[:, :, rows], router_q) @ pooled_key.transpose(-1, -2)
-    scores = scores.masked_fill((weight == 0).transpose(-1, -2) | pinned, -torch.inf)
-    shares = soft_topk(scores, count, options.tau).masked_fill(pinned, 1)
-    alpha = logit.sigmoid() if logit.shape[1] == 1 else logit.sigmoid()[:, rows]
+    def __init__(self, samples: SiteSamples, options: TrainingOptions) -> None:
+        self.samples, self.options = samples, options
+        self.pooled: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    chosen = query[:, :, tokens]
-    spec = Spec(scale, config.feature_map, config.linear, block_q, config.block_k)
-    output = soft_attention(chosen.float(), key, value, shares, alpha, spec, bias)
-    target = full_attention(sample, chosen).float()
-    return (output - target).square().sum() / target.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+    def __call__(
+        self, number: int, density: int, router_q: Tensor, router_k: Tensor, logit: Tensor, random: torch.Generator
+    ) -> Tensor | None:
+        """A scalar, or None where nothing is left to choose."""
+        sample, config = self.samples[number], self.samples.configs[density]
+        query, key = sample.query, sample.key
+        length, block_q = query.shape[2], config.block_q
+        bias = None if sample.mask is None else key_bias(sample.mask, 1, length)
+        if number not in self.pooled:
+            self.pooled[number] = pooled_tokens(query, key, block_q, config.block_k, bias)
+        pooled_query, pooled_key, weight = self.pooled[number]
+        pinned = pinned_blocks(length, config.block_k, config.pinned, query.device)
+        columns, free = pinned.shape[0], int((~pinned).sum())
+        count = min(critical_count(columns, config.sparsity, config.critical_blocks), free)
+        open_rows = (~pinned_blocks(length, block_q, config.pinned, torch.device("cpu"))).nonzero().flatten()
+        if count == free or not len(open_rows):
+            return None  # all blocks are critical
+        picked = torch.randperm(len(open_rows), generator=random)[: self.options.query_blocks]
+        rows = open_rows[picked].sort().values
+        tokens = (rows[:, None] * block_q + torch.arange(block_q)).flatten()
+        tokens, rows = tokens[tokens < length].to(query.device), rows.to(query.device)
+
+        scale = default_scale(sample.scale, query.shape[-1])
+        routed_key = F.linear(pooled_key, router_k).repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores = scale * F.linear(pooled_query[:, :, rows], router_q) @ routed_key.transpose(-1, -2)
+        scores = scores.masked_fill((weight == 0).transpose(-1, -2) | pinned, -torch.inf)
+        shares = soft_topk(scores, count, self.options.tau).masked_fill(pinned, 1)
+        alpha = logit.sigmoid() if logit.shape[1] == 1 else logit.sigmoid()[:, rows]
+
+        chosen = query[:, :, tokens]
+        spec = Spec(scale, config.feature_map, config.linear, block_q, config.block_k)
+        output = soft_attention(chosen.float(), key, sample.value, shares, alpha, spec, bias)
+        target = full_attention(sample, chosen).float()
+        return (output - target).square().sum() / target.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def full_attention(sample: Sample, query: Tensor | None = None) -> Tensor:

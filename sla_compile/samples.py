@@ -72,8 +72,8 @@ class SampleStore:
             if number >= self.limit:
                 slot = random.Random(f"{self.seed}/{site}/{number}").randrange(number + 1)
             if slot < self.limit:
-                one = (t[entry : entry + 1].detach().to("cpu", copy=True).contiguous() for t in (query, key, value))
-                self._keep(site, slot, Sample(*one, masked, scale))
+                q, k, v = (t[entry : entry + 1].detach().to("cpu", copy=True).contiguous() for t in (query, key, value))
+                self._keep(site, slot, Sample(q, k, v, masked, scale))
 
     def count(self, site: str) -> int:
         """How many samples there are."""
