@@ -105,9 +105,9 @@ class Attention(nn.Module):
         )  # fmt: skip
 
 
-def network(depth=1):
-    """A small accelerated DiT in eval mode, whose projections are not zero."""
-    model = sla_compile.accelerate(build(0, depth=depth), config=config(), example_inputs=make_inputs(200))
+def network(depth=1, **options):
+    """A small accelerated DiT in eval mode, whose added parameters are not what they start from."""
+    model = sla_compile.accelerate(build(0, depth=depth), config=config(**options), example_inputs=make_inputs(200))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in sla_compile.parameters(model):

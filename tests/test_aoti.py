@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from export_cases import (
-    CASES,
     NETWORK_SHAPES,
+    SLA2,
     Attention,
     build_runner,
     difference,
@@ -78,8 +78,8 @@ def test_fresh_process_without_sla_compile(package, tmp_path):
     assert "expected to be <= 4096, but got: 5000" in done.stderr, done.stderr
 
 
-def test_helper_static_length_mask_and_shared_heads(tmp_path):
-    case = CASES[1]
+def test_helper_static_length_mask_shared_heads_and_sla2(tmp_path):
+    case = SLA2[1]
     model, inputs = Attention(case).eval(), case.inputs(200)
     path = sla_compile.export.aoti(model, tmp_path / "attention.pt2", inputs)
     assert os.listdir(tmp_path) == ["attention.pt2"]

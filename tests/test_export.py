@@ -126,8 +126,9 @@ def test_no_tensor_grows_faster_than_the_length(length):
     assert largest <= max(65 / 64 * query.numel(), (length / 64) ** 2 * 2)
 
 
-def test_network_and_what_else_the_table_takes():
-    model = network()
+@pytest.mark.parametrize("method", ["sla", "sla2"])
+def test_network_and_what_else_the_table_takes(method):
+    model = network(method=method)
     program = export(model, make_inputs(200), dynamic_shapes=NETWORK_SHAPES)
     module = program.run_decompositions(decompositions()).module()
     for length in (200, 64, 333):

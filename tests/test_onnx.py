@@ -243,8 +243,9 @@ def test_low_bit_is_refused(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_from_a_program(tmp_path):
-    model = network()
+@pytest.mark.parametrize("method", ["sla", "sla2"])
+def test_from_a_program(method, tmp_path):
+    model = network(method=method)
     program = export(model, make_inputs(200), dynamic_shapes=NETWORK_SHAPES)
     sla_compile.export.onnx(program, tmp_path / "network.onnx", input_names=["tokens", "text"])
     names = [entry.name for entry in onnx.load(tmp_path / "network.onnx").graph.input]

@@ -10,6 +10,7 @@ def replace_boolean_where(model: ir.Model) -> None:
     for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
         if node.op_type != "Where" or node.domain or node.outputs[0].dtype != ir.DataType.BOOL:
             continue
+        assert node.graph is not None  # it was found there
         condition, chosen, other = node.inputs
         yes = ir.node("And", [condition, chosen], name=f"{node.name}_yes")
         never = ir.node("Not", [condition], name=f"{node.name}_not")
