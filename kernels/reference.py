@@ -64,8 +64,6 @@ def reference_attention(
     output = probabilities @ value
     if spec.linear == "none":
         return output, logsumexp
-    if proj_weight is None and alpha is None:
-        raise ValueError(f'linear="{spec.linear}" needs proj_weight or alpha')
 
     selected = torch.ones_like(tokens) if spec.linear == "all" else tokens == 0
     weights = feature(query, spec.feature_map) @ feature(smooth, spec.feature_map).transpose(-1, -2)
@@ -73,7 +71,9 @@ def reference_attention(
     denominator = weights.sum(-1, keepdim=True) + spec.epsilon
     defined = denominator > MIN_DENOMINATOR
     linear = (weights @ value) / denominator.where(defined, 1) * defined
-    if alpha is None:
-        return output + F.linear(linear, proj_weight, proj_bias), logsumexp
-    share = alpha.repeat_interleave(spec.block_q, 2)[:, :, :length, None]
-    return share * output + (1 - share) * linear, logsumexp
+    if alpha is not None:
+        share = alpha.repeat_interleave(spec.block_q, 2)[:, :, :length, None]
+        return share * output + (1 - share) * linear, logsumexp
+    if proj_weight is None:
+        raise ValueError(f'linear="{spec.linear}" needs proj_weight or alpha')
+    return output + F.linear(linear, proj_weight, proj_bias), logsumexp

@@ -153,7 +153,7 @@ def _prepared(
     block_map: Tensor | None,
     spec: Spec,
     routing: tuple,
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """What the kernels of both directions take besides the tokens and the projection."""
     bias = key_bias(key_padding_mask, query.shape[0], query.shape[2])
     if block_map is None:

@@ -102,7 +102,7 @@ class _AttentionMode(TorchFunctionMode):
             self.redirection.seen = (tuple(query.shape), key.shape[-2], reason)
         if sla is not None and reason is None:
             if sla.alpha_logit is not None:
-                _check_alpha(sla, query, self.redirection)
+                _check_alpha(sla, sla.alpha_logit, query, self.redirection)
             return sla(query, key, value, attn_mask, scale, enable_gqa)
         # Under a redirected ancestor the function would be caught again by the ancestor's mode; the operator is not.
         dense = (
@@ -111,8 +111,8 @@ class _AttentionMode(TorchFunctionMode):
         return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def _check_alpha(sla: SparseLinearAttention, query: Tensor, redirection: Redirection) -> None:
-    problem = why_alpha_does_not_fit(sla.alpha_logit, query if query.dim() == 4 else query.unsqueeze(1), sla.config)
+def _check_alpha(sla: SparseLinearAttention, logit: Tensor, query: Tensor, redirection: Redirection) -> None:
+    problem = why_alpha_does_not_fit(logit, query if query.dim() == 4 else query.unsqueeze(1), sla.config)
     if problem:
         raise ValueError(f"{redirection.name or 'the model'}: {problem}")
 

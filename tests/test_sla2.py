@@ -323,3 +323,14 @@ def test_config():
     ):
         with pytest.raises(ValueError, match=message):
             SLAConfig(**bad)
+
+
+@pytest.mark.parametrize("method", ["sla", "sla2"])
+def test_a_precision_without_kernels_is_refused(method, monkeypatch):
+    from sla_compile.kernels import cpu
+
+    monkeypatch.setattr(cpu, "LOW_BIT", ("none", "int8"), raising=False)
+    config = SLAConfig(method=method, low_bit="fp8")
+    parameters = {"alpha": torch.full((2, 1), 0.5)} if method == "sla2" else {"proj_weight": torch.eye(DIM)}
+    with pytest.raises(NotImplementedError, match='low_bit="fp8" has no kernels for cpu tensors'):
+        sla_compile.sparse_linear_attention(*torch.zeros(3, 1, 2, 200, DIM).unbind(), config=config, **parameters)

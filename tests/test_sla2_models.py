@@ -44,7 +44,7 @@ def test_what_is_added():
     sla = model.blocks[0].attn.sla
     assert sla.config.sparsity == 0.97 and sla.alpha_logit.shape == (2, 1)
     assert sla.alpha.dtype == torch.float32 and sla.alpha_logit.dtype == torch.bfloat16
-    torch.testing.assert_close(sla.alpha, torch.full((2, 1), 0.9), rtol=0, atol=1e-3)
+    torch.testing.assert_close(sla.alpha, torch.full((2, 1), 0.7), rtol=0, atol=1e-3)
     assert torch.equal(sla.router_q, torch.eye(16).bfloat16()) and torch.equal(sla.router_k, sla.router_q)
     inputs = [tensor.bfloat16() for tensor in make_inputs()]
     assert not torch.equal(model(*inputs), dense)
