@@ -45,25 +45,31 @@ class Operations:
 
 
 def operations(site: Site, config: SLAConfig | None) -> Operations | None:
-    """Operations of the call that a report's row shows; None where its shape or configuration is not known.
-
-    Dense: ``4 L_q L_k D`` a head. Sparse-linear (SLA, arXiv 2509.24006): the share of critical blocks of it; for the
-    linear branch ``2 L D^2`` each for the block summaries, for reading them and for the projection, and
-    ``2 T_m T_n D^2`` for their sums over the marginal blocks; ``2 T_m T_n D`` for the scores of blocks.
-    """
+    """Operations of the call that a report's row shows; None where its shape or configuration is not known."""
     try:
         shape, keys = ast.literal_eval(site.shape), int(site.keys)
     except (SyntaxError, ValueError):
         return None
     if not isinstance(shape, tuple) or len(shape) < 3 or not all(isinstance(size, int) for size in shape):
         return None
+    if config is None and site.rewritten:
+        return None
+    return attention_operations(shape, keys, config)
+
+
+def attention_operations(shape: tuple[int, ...], keys: int, config: SLAConfig | None) -> Operations:
+    """Operations of an attention of queries (..., heads, L, D) to `keys` keys, dense without a configuration.
+
+    Dense: ``4 L_q L_k D`` a head. Sparse-linear (SLA, arXiv 2509.24006): the share of critical blocks of it; for the
+    linear branch ``2 L D^2`` each for the block summaries, for reading them and for the projection, which SLA2 (arXiv
+    2602.12675) has not, and ``2 T_m T_n D^2`` for their sums over the marginal blocks; ``2 T_m T_n D`` for the scores
+    of blocks.
+    """
     *leading, length, dim = shape
     heads = 1
     for size in leading:
         heads *= size
     before = 4.0 * heads * length * keys * dim
-    if config is None and site.rewritten:
-        return None
     if config is None:
         return Operations(before, before)
     rows, columns = num_blocks(length, config.block_q), num_blocks(length, config.block_k)
@@ -71,7 +77,7 @@ def operations(site: Site, config: SLAConfig | None) -> Operations | None:
     routing = 2.0 * heads * rows * columns * dim
     if config.linear == "none":
         return Operations(before, exact, 0.0, routing)
-    linear = 3 * 2.0 * heads * length * dim**2
+    linear = (2 if config.method == "sla2" else 3) * 2.0 * heads * length * dim**2
     if config.linear == "marginal":
         linear += 2.0 * heads * rows * columns * dim**2
     return Operations(before, exact, linear, routing)

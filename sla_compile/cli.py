@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sla_compile.bench_command import add_bench_parser
 from sla_compile.checks import add_check_parser, add_inspect_parser
 from sla_compile.config import SLAConfig
-from sla_compile.usage import Subcommands, UsageError
+from sla_compile.usage import Subcommands, UsageError, count, device_named
 
 if TYPE_CHECKING:
     from sla_compile.demo import DemoOptions
@@ -49,10 +50,10 @@ def add_demo(commands: Subcommands) -> None:
         "against accelerated, draws which blocks are computed how, and fine-tunes for a few steps. Downloads nothing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--layers", type=_count, default=2, help="transformer blocks")
-    parser.add_argument("--frames", type=_count, default=9, help="frames of the video, 4 n + 1")
-    parser.add_argument("--height", type=_count, default=480, help="height of the video in pixels, a multiple of 16")
-    parser.add_argument("--width", type=_count, default=832, help="width of the video in pixels, a multiple of 16")
+    parser.add_argument("--layers", type=count, default=2, help="transformer blocks")
+    parser.add_argument("--frames", type=count, default=9, help="frames of the video, 4 n + 1")
+    parser.add_argument("--height", type=count, default=480, help="height of the video in pixels, a multiple of 16")
+    parser.add_argument("--width", type=count, default=832, help="width of the video in pixels, a multiple of 16")
     parser.add_argument("--sparsity", type=float, default=0.95, help="share of blocks not computed exactly, in (0, 1)")
     parser.add_argument("--steps", type=_steps, default=10, help="fine-tuning steps, at least 2")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
@@ -112,7 +113,7 @@ def _demo_options(given: argparse.Namespace) -> DemoOptions:
         config = SLAConfig(sparsity=given.sparsity, negligible=min(0.10, given.sparsity))
     except ValueError as error:
         raise UsageError(str(error)) from None
-    device = _device(given.device)
+    device = device_named(given.device)
     name = given.dtype if given.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     if not given.output.parent.is_dir():
         raise UsageError(f"--output {given.output}: the folder {given.output.parent} does not exist")
@@ -130,34 +131,8 @@ def _demo_options(given: argparse.Namespace) -> DemoOptions:
     )
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: no such device; give cpu, cuda or cuda:<index>") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: sparse-linear attention runs on cpu and cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
-        )
-    return device
-
-
-def _count(text: str, minimum: int = 1) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = minimum - 1
-    if value < minimum:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
-    return value
-
-
 def _steps(text: str) -> int:
-    return _count(text, minimum=2)  # of one loss nobody can say whether it fell
+    return count(text, minimum=2)  # of one loss nobody can say whether it fell
 
 
 def _version() -> str:
@@ -168,4 +143,4 @@ def _version() -> str:
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-COMMANDS: tuple[Callable[[Subcommands], None], ...] = (add_demo, add_inspect_parser, add_check_parser)
+COMMANDS: tuple[Callable[[Subcommands], None], ...] = (add_demo, add_inspect_parser, add_check_parser, add_bench_parser)
