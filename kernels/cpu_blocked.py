@@ -161,7 +161,7 @@ def backward(
                             part, queries[rows], keys, values, bias, critical, rows, spec.scale, statistics[rows],
                             share, of_sparse, grad_queries, grad_keys, grad_values, workspace,
                         )  # fmt: skip
-                        if grad_alpha is not None:
+                        if grad_alpha is not None and of_share is not None:
                             grad_alpha[entry, head, rows] += of_share
                         target[rows] = grad_queries
                     _store(grads[0][entry, head], target)

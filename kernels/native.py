@@ -156,17 +156,17 @@ def backward(
     heads = _Heads(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean)
     units = query.shape[0] * key.shape[1]
     # One sum of each unit, added in the end in their order: threads do not change the result.
-    of_parameters = [
+    grad_weights, grad_offsets = (
         None if parameter is None else torch.zeros(units, *parameter.shape)
         for parameter in (heads.weight, heads.offset)
-    ]
+    )
     grad_alpha = None if alpha is None else torch.empty(block_map.shape[:3])
     names = ("grad_query", "grad_key", "grad_value")
     tensors = dict(zip(names, grads, strict=True), grad_output=_readable(grad_output))
-    heads.run("sla_backward", tensors, logsumexp, *of_parameters, grad_alpha)
+    heads.run("sla_backward", tensors, logsumexp, grad_weights, grad_offsets, grad_alpha)
     grad_weight, grad_bias = (
         None if grad is None or parameter is None else grad.sum(0).to(parameter.dtype)
-        for grad, parameter in zip(of_parameters, (proj_weight, proj_bias), strict=True)
+        for grad, parameter in ((grad_weights, proj_weight), (grad_offsets, proj_bias))
     )
     grad_query, grad_key, grad_value = (grad.to(query.dtype) for grad in grads)
     return grad_query, grad_key, grad_value, grad_weight, grad_bias, grad_alpha

@@ -85,7 +85,7 @@ class Inputs:
 
         tokens = shape.batch, shape.length, shape.heads, shape.dim
         self.query, self.key, self.value, self.grad = (draw(*tokens).to(shape.dtype).transpose(1, 2) for _ in range(4))
-        self.parameters: dict[str, Tensor] = {}
+        self.parameters: dict[str, Any] = {}
         if config.method == "sla2":
             self.parameters["alpha"] = draw(shape.heads, 1).sigmoid()
         elif config.has_projection:
