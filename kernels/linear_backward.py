@@ -264,28 +264,32 @@ def key_linear_kernel(
     grad_phi = tl.zeros([TILE_K, DIMS], tl.float32)
     grad_value = tl.zeros([TILE_K, DIMS], tl.float32)
     for col in range(0, HEAD_DIM, SLICE):
-        grad_h = load_tile(
-            grad_sums_ptr, 0, HEAD_DIM, HEAD_DIM, col, 1, DIMS, SLICE, HEAD_DIM, HEAD_DIM < DIMS, False
-        )  # (DIMS, SLICE)
-        grad_projected = tl.dot(phi, grad_h, input_precision=PRECISION)  # dV', (TILE_K, SLICE)
         if weight_ptr is None:
-            projected = load_tile(
-                value_ptr, start, length, stride_value_token, col, stride_value_dim, TILE_K, SLICE, HEAD_DIM, True, WIDE
-            ).to(tl.float32)  # V' = V, (TILE_K, SLICE)
+            grad_h = load_tile(
+                grad_sums_ptr, 0, HEAD_DIM, HEAD_DIM, col, 1, DIMS, SLICE, HEAD_DIM, HEAD_DIM < DIMS, False
+            )  # (DIMS, SLICE)
             store_tile(
-                grad_value_ptr, grad_projected, start, length, stride_gv_token, col, stride_gv_dim,
-                TILE_K, SLICE, HEAD_DIM, WIDE,
+                grad_value_ptr, tl.dot(phi, grad_h, input_precision=PRECISION), start, length, stride_gv_token, col,
+                stride_gv_dim, TILE_K, SLICE, HEAD_DIM, WIDE,
             )  # fmt: skip
+            part = load_tile(
+                value_ptr, start, length, stride_value_token, col, stride_value_dim, TILE_K, SLICE, HEAD_DIM, True, WIDE
+            ).to(tl.float32)  # (TILE_K, SLICE)
+            grad_phi = tl.dot(part, tl.trans(grad_h), grad_phi, input_precision=PRECISION)
         else:
             weight = load_tile(
                 weight_ptr, col, HEAD_DIM, stride_weight_out, 0, stride_weight_in,
                 SLICE, DIMS, HEAD_DIM, HEAD_DIM % SLICE != 0, False,
             ).to(tl.float32)  # (SLICE, DIMS)  # fmt: skip
+            grad_h = load_tile(
+                grad_sums_ptr, 0, HEAD_DIM, HEAD_DIM, col, 1, DIMS, SLICE, HEAD_DIM, HEAD_DIM < DIMS, False
+            )  # (DIMS, SLICE)
             projected = tl.dot(value, tl.trans(weight), input_precision=PRECISION)  # V', (TILE_K, SLICE)
+            grad_phi = tl.dot(projected, tl.trans(grad_h), grad_phi, input_precision=PRECISION)
+            grad_projected = tl.dot(phi, grad_h, input_precision=PRECISION)  # dV', (TILE_K, SLICE)
             grad_value = tl.dot(grad_projected, weight, grad_value, input_precision=PRECISION)
             grad_weight = tl.dot(tl.trans(grad_projected), value, input_precision=PRECISION)  # (SLICE, DIMS)
             store_tile(grad_weights_ptr, grad_weight, col, HEAD_DIM, HEAD_DIM, 0, 1, SLICE, DIMS, HEAD_DIM, False)
-        grad_phi = tl.dot(projected, tl.trans(grad_h), grad_phi, input_precision=PRECISION)
     if weight_ptr is not None:
         store_tile(
             grad_value_ptr, grad_value, start, length, stride_gv_token, 0, stride_gv_dim, TILE_K, DIMS, HEAD_DIM, WIDE

@@ -13,7 +13,14 @@ GATE = Path(__file__).parent.parent / "benchmarks" / "compile_gate.py"
 
 
 @pytest.mark.parametrize(
-    ("arch", "cases"), [("90", "90-bf16-D128-q64"), ("80", "80-bf16-D64-q64"), ("gfx942", "gfx942-bf16-D64-q64")]
+    ("arch", "cases"),
+    [
+        ("90", "90-bf16-D128-q64"),
+        ("80", "80-bf16-D64-q64-sla2"),
+        ("gfx942", "gfx942-bf16-D64-q64"),
+        ("89", "89-bf16-D64-q64-fp8"),
+        ("100", "100-bf16-D64-q64-int8"),
+    ],
 )
 def test_kernels_compile_within_the_limits(arch: str, cases: str) -> None:
     # A process of its own: where TRITON_INTERPRET is set, nothing compiles.
