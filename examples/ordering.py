@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--train-steps", type=int, default=500)
     parser.add_argument("--tune-steps", type=int, default=60)
     parser.add_argument("--router-steps", type=int, default=100, help="of stage 1, for each attention")
+    parser.add_argument("--only", nargs="+", choices=["dense", *ATTENTIONS], default=["dense", *ATTENTIONS])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.9, 0.95, 0.97])
     given = parser.parse_args(arguments)
     sizes, clips = {}, 12
@@ -83,7 +84,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
     rows = []
     print(f"{math.prod(trained.grid)} tokens; columns: attention error and validation loss before and after tuning")
-    for name, sparsity in [("dense", 0.0), *((name, s) for s in given.sparsities for name in ATTENTIONS)]:
+    wanted = [("dense", 0.0), *((name, sparsity) for sparsity in given.sparsities for name in ATTENTIONS)]
+    for name, sparsity in [pair for pair in wanted if pair[0] in given.only]:
         start, model = time.perf_counter(), copy.deepcopy(trained)
         own = list(model.parameters())
         rates = {3e-4: own}
