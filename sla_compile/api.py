@@ -148,7 +148,7 @@ def parameters(model: Any, stage: int | None = None) -> list[nn.Parameter]:
 
     Nothing is frozen or unfrozen by this. The added parameters are frozen where the owner's own are: then
     ``requires_grad_(True)`` comes first. SLA2's routers are frozen always, as no gradient reaches them through the hard
-    choice of blocks; what trains them in stage 1 unfreezes them for as long.
+    choice of blocks; calibrate trains them, and a loop of your own for stage 1 unfreezes them.
 
     Args:
         stage: None for all added parameters, routers included.
