@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,12 +12,13 @@ from torch import Tensor
 from sla_compile.kernels.backward import key_gradient_kernel, query_gradient_kernel
 from sla_compile.kernels.block_lists import block_lists_kernel
 from sla_compile.kernels.forward import forward_kernel
+from sla_compile.kernels.layout import addressing, padded_dims, stride_of, strides_of, transposed_empty
 from sla_compile.kernels.linear_backward import key_linear_kernel, query_linear_kernel
 from sla_compile.kernels.low_bit import quantize_kernel
 from sla_compile.kernels.quantize import LOW_BIT, channel_scales, smoothing_mean
 from sla_compile.kernels.spec import MIN_ALPHA, MIN_DENOMINATOR, Spec, num_blocks
 from sla_compile.kernels.summaries import block_sums_kernel, state_size, summaries_kernel
-from sla_compile.kernels.tuning import MAX_TILE, Plan, plan, target_of
+from sla_compile.kernels.tuning import Plan, plan, target_of
 
 # Bound on what a call allocates besides its results: heads are processed in chunks that stay below it.
 TRANSIENT_BYTES = 1 << 29
@@ -59,7 +59,7 @@ def forward(
         log-sum-exp of the critical scores, float32 (B, H, L).
     """
     call = _call(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean)
-    output = _transposed_empty(query)
+    output = transposed_empty(query)
     logsumexp = call.empty(*query.shape[:3])
     smoothing = value_scales = None
     if spec.low_bit != "none":
@@ -103,7 +103,7 @@ def backward(
         grad_alpha = torch.empty_like(alpha, memory_format=torch.contiguous_format)
         shares = alpha.clamp_min(MIN_ALPHA).log().repeat_interleave(spec.block_q, 2)
         logsumexp = logsumexp - shares[..., : query.shape[2]]  # NOTE [Alpha]
-    grads = _transposed_empty(query), _transposed_empty(key), _transposed_empty(value)
+    grads = transposed_empty(query), transposed_empty(key), transposed_empty(value)
     has_weight = proj_weight is not None and spec.linear != "none"
     grad_weight = torch.zeros_like(proj_weight, dtype=torch.float32) if has_weight else None
     grad_bias = None
@@ -152,7 +152,7 @@ class _Call:
     @property
     def low_bit_dims(self) -> int:
         """Columns of an 8-bit tile: a matrix product of them takes at least 32."""
-        return max(32, _padded(self.head_dim))
+        return max(32, padded_dims(self.head_dim))
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
@@ -191,12 +191,12 @@ class _Call:
             alpha_ptr=self.alpha, key_mean_ptr=smoothing, value_scales_ptr=value_scales, low_key_ptr=low_key,
             key_scales_ptr=key_scales, low_value_ptr=low_value, sums_ptr=self.linear_sums(), entries_ptr=entries,
             counts_ptr=counts, output_ptr=output, logsumexp_ptr=logsumexp,
-            **_strides("query", self.query), **_strides("key", self.key), **_strides("value", self.value),
-            **_strides("output", output), stride_proj_bias=_stride(self.proj_bias, 0), **self.alpha_strides(),
-            **_strides("mean", smoothing, "batch", "head", "dim"), LOW_BIT=self.spec.low_bit,
+            **strides_of("query", self.query), **strides_of("key", self.key), **strides_of("value", self.value),
+            **strides_of("output", output), stride_proj_bias=stride_of(self.proj_bias, 0), **self.alpha_strides(),
+            **strides_of("mean", smoothing, "batch", "head", "dim"), LOW_BIT=self.spec.low_bit,
             epsilon=self.spec.epsilon, head_start=self.start * self.group,
             STATE=state_size(self.head_dim), FEATURE_MAP=self.spec.feature_map, MIN_DENOMINATOR=MIN_DENOMINATOR,
-            **_addressing(self.query, self.key, self.value, output), SLICE=chosen.slice,
+            **addressing(self.query, self.key, self.value, output), SLICE=chosen.slice,
             **common, **chosen.tiles,
         )  # fmt: skip
 
@@ -213,10 +213,11 @@ class _Call:
             self.units * columns,
             key_ptr=self.key, value_ptr=self.value, key_bias_ptr=self.key_bias, key_mean_ptr=smoothing,
             value_scales_ptr=value_scales, low_key_ptr=low_key, key_scales_ptr=key_scales, low_value_ptr=low_value,
-            **_strides("key", self.key), **_strides("value", self.value),
-            **_strides("bias", self.key_bias, "batch", "token"), **_strides("mean", smoothing, "batch", "head", "dim"),
+            **strides_of("key", self.key), **strides_of("value", self.value),
+            **strides_of("bias", self.key_bias, "batch", "token"),
+            **strides_of("mean", smoothing, "batch", "head", "dim"),
             head_start=self.start, heads=self.key.shape[1], length=self.key.shape[2], key_blocks=columns,
-            HEAD_DIM=self.head_dim, DIMS=dims, BLOCK_K=block, **_addressing(self.key, self.value), num_warps=8,
+            HEAD_DIM=self.head_dim, DIMS=dims, BLOCK_K=block, **addressing(self.key, self.value), num_warps=8,
         )  # fmt: skip
         return low_key, key_scales, low_value
 
@@ -235,12 +236,12 @@ class _Call:
         rows, columns = self.block_map.shape[2:]
         heads, state = self.units * self.group, state_size(self.head_dim)
         tensors = self.query, self.key, self.value, output, grad_output, grad_query, grad_key, grad_value
-        addressing = _addressing(*tensors)
-        shared = dict(grad_output_ptr=grad_output, query_ptr=self.query, **_strides("grad", grad_output),
-                      **_strides("query", self.query), **addressing)  # fmt: skip
+        addresses = addressing(*tensors)
+        shared = dict(grad_output_ptr=grad_output, query_ptr=self.query, **strides_of("grad", grad_output),
+                      **strides_of("query", self.query), **addresses)  # fmt: skip
         of_keys = dict(key_ptr=self.key, value_ptr=self.value, grad_key_ptr=grad_key, grad_value_ptr=grad_value,
-                       **_strides("key", self.key), **_strides("value", self.value),
-                       **_strides("gk", grad_key), **_strides("gv", grad_value))  # fmt: skip
+                       **strides_of("key", self.key), **strides_of("value", self.value),
+                       **strides_of("gk", grad_key), **strides_of("gv", grad_value))  # fmt: skip
 
         chosen = self.plan.query_linear
         tiles = rows * (self.spec.block_q // chosen.tile_q)
@@ -252,11 +253,11 @@ class _Call:
             heads * tiles,
             proj_bias_ptr=self.proj_bias, alpha_ptr=self.alpha, output_ptr=output, sums_ptr=self.linear_sums(),
             grad_query_ptr=grad_query, grad_states_ptr=grad_states, grad_alpha_ptr=grad_shares, delta_ptr=delta,
-            **shared, **_strides("output", output), **_strides("gq", grad_query), **self.alpha_strides(),
-            stride_proj_bias=_stride(self.proj_bias, 0), epsilon=self.spec.epsilon,
+            **shared, **strides_of("output", output), **strides_of("gq", grad_query), **self.alpha_strides(),
+            stride_proj_bias=stride_of(self.proj_bias, 0), epsilon=self.spec.epsilon,
             head_start=self.start * self.group, heads=self.query.shape[1], group=self.group,
             length=self.query.shape[2], query_blocks=rows, HEAD_DIM=self.head_dim, STATE=state,
-            DIMS=_padded(self.head_dim), BLOCK_Q=self.spec.block_q, TILE_Q=chosen.tile_q, SLICE=chosen.slice,
+            DIMS=padded_dims(self.head_dim), BLOCK_Q=self.spec.block_q, TILE_Q=chosen.tile_q, SLICE=chosen.slice,
             FEATURE_MAP=self.spec.feature_map, LINEAR=self.spec.linear, MIN_DENOMINATOR=MIN_DENOMINATOR,
             MIN_ALPHA=MIN_ALPHA, PRECISION=self.plan.precision, **chosen.options,
         )  # fmt: skip
@@ -277,14 +278,14 @@ class _Call:
                 self.units * tiles,
                 weight_ptr=self.proj_weight, key_bias_ptr=self.key_bias, key_mean_ptr=self.key_mean,
                 grad_sums_ptr=grad_sums, grad_weights_ptr=grad_weights, **of_keys,
-                **_strides("weight", self.proj_weight, "out", "in"),
-                **_strides("bias", self.key_bias, "batch", "token"),
-                **_strides("mean", self.key_mean, "batch", "head", "dim"), head_start=self.start,
+                **strides_of("weight", self.proj_weight, "out", "in"),
+                **strides_of("bias", self.key_bias, "batch", "token"),
+                **strides_of("mean", self.key_mean, "batch", "head", "dim"), head_start=self.start,
                 heads=self.key.shape[1],
                 length=self.key.shape[2], key_blocks=columns, HEAD_DIM=self.head_dim, STATE=state,
-                DIMS=_padded(self.head_dim), BLOCK_K=self.spec.block_k, TILE_K=chosen.tile_k, SLICE=chosen.slice,
+                DIMS=padded_dims(self.head_dim), BLOCK_K=self.spec.block_k, TILE_K=chosen.tile_k, SLICE=chosen.slice,
                 FEATURE_MAP=self.spec.feature_map, LINEAR=self.spec.linear, PRECISION=self.plan.precision,
-                **addressing, **chosen.options,
+                **addresses, **chosen.options,
             )  # fmt: skip
             del grad_sums
 
@@ -295,8 +296,8 @@ class _Call:
             query_gradient_kernel,
             heads * rows * (self.spec.block_q // chosen.tile_q),
             key_ptr=self.key, value_ptr=self.value, logsumexp_ptr=logsumexp, entries_ptr=entries, counts_ptr=counts,
-            grad_query_ptr=grad_query, delta_ptr=delta, **shared, **_strides("key", self.key),
-            **_strides("value", self.value), **_strides("gq", grad_query), head_start=self.start * self.group,
+            grad_query_ptr=grad_query, delta_ptr=delta, **shared, **strides_of("key", self.key),
+            **strides_of("value", self.value), **strides_of("gq", grad_query), head_start=self.start * self.group,
             **self.common(), **chosen.tiles,
         )  # fmt: skip
         chosen = self.plan.key_gradient
@@ -310,16 +311,16 @@ class _Call:
         return grad_weights
 
     def alpha_strides(self) -> dict[str, int]:
-        return _strides("alpha", self.alpha, "batch", "head", "block")
+        return strides_of("alpha", self.alpha, "batch", "head", "block")
 
     def common(self) -> dict[str, Any]:
         """Arguments of the kernels that walk the block lists."""
         return dict(
-            key_bias_ptr=self.key_bias, **_strides("bias", self.key_bias, "batch", "token"),
+            key_bias_ptr=self.key_bias, **strides_of("bias", self.key_bias, "batch", "token"),
             scale=self.spec.scale, heads=self.query.shape[1], group=self.group, length=self.query.shape[2],
             query_blocks=self.block_map.shape[2], key_blocks=self.block_map.shape[3],
-            HEAD_DIM=self.head_dim, DIMS=_padded(self.head_dim), BLOCK_Q=self.spec.block_q, BLOCK_K=self.spec.block_k,
-            LINEAR=self.spec.linear, PRECISION=self.plan.precision,
+            HEAD_DIM=self.head_dim, DIMS=padded_dims(self.head_dim), BLOCK_Q=self.spec.block_q,
+            BLOCK_K=self.spec.block_k, LINEAR=self.spec.linear, PRECISION=self.plan.precision,
         )  # fmt: skip
 
     def lists(self, *, columns: bool) -> tuple[Tensor, Tensor]:
@@ -330,7 +331,7 @@ class _Call:
             room for the longest one possible, so that no size depends on the map's values.
         """
         heads, (lists, length) = self.units * self.group, self.block_map.shape[2:]
-        strides = _strides("", self.block_map, "batch", "head", "list", "entry")
+        strides = strides_of("", self.block_map, "batch", "head", "list", "entry")
         lanes, step = 4, 256
         if columns:
             lists, length = length, lists
@@ -361,13 +362,14 @@ class _Call:
             summaries_kernel,
             self.units * slots * num_blocks(self.head_dim, chosen.slice),
             key_ptr=self.key, value_ptr=self.value, weight_ptr=self.proj_weight, key_bias_ptr=self.key_bias,
-            key_mean_ptr=self.key_mean, states_ptr=states, **_strides("key", self.key), **_strides("value", self.value),
-            **_strides("weight", self.proj_weight, "out", "in"), **_strides("bias", self.key_bias, "batch", "token"),
-            **_strides("mean", self.key_mean, "batch", "head", "dim"),
+            key_mean_ptr=self.key_mean, states_ptr=states, **strides_of("key", self.key),
+            **strides_of("value", self.value), **strides_of("weight", self.proj_weight, "out", "in"),
+            **strides_of("bias", self.key_bias, "batch", "token"),
+            **strides_of("mean", self.key_mean, "batch", "head", "dim"),
             head_start=self.start, heads=self.key.shape[1], length=self.key.shape[2], slots=slots,
             slot_tokens=slot_blocks * self.spec.block_k, HEAD_DIM=self.head_dim, STATE=state_size(self.head_dim),
-            DIMS=_padded(self.head_dim), FEATURE_MAP=self.spec.feature_map, PRECISION=self.plan.precision,
-            **_addressing(self.key, self.value), SLICE=chosen.slice, TILE_K=chosen.tile_k, **chosen.options,
+            DIMS=padded_dims(self.head_dim), FEATURE_MAP=self.spec.feature_map, PRECISION=self.plan.precision,
+            **addressing(self.key, self.value), SLICE=chosen.slice, TILE_K=chosen.tile_k, **chosen.options,
         )  # fmt: skip
         if self.spec.linear == "all":
             return states.sum(1, keepdim=True)
@@ -382,7 +384,7 @@ class _Call:
 
     def block_sums(self, states: Tensor, rows: int, terms: int, terms_per_block: int, *, columns: bool) -> Tensor:
         """Sums of states over the marginal blocks of each row of the map, or with `columns` of each column."""
-        strides = _strides("", self.block_map, "batch", "head", "row", "term")
+        strides = strides_of("", self.block_map, "batch", "head", "row", "term")
         if columns:
             strides["stride_row"], strides["stride_term"] = strides["stride_term"], strides["stride_row"]
         members, shared = (self.group, 1) if columns else (1, self.group)
@@ -445,41 +447,8 @@ def _call(
             f'low_bit="int8" needs int8 matrix products (compute capability 8.0 or later, gfx942), {target.name} is '
             'not known to have them: use low_bit="none"'
         )
-    chosen = plan(_padded(dim), query.element_size(), spec.block_q, spec.block_k, target, spec.low_bit)
+    chosen = plan(padded_dims(dim), query.element_size(), spec.block_q, spec.block_k, target, spec.low_bit)
     units = batch * key.shape[1] if query.numel() else 0
     return _Call(
         query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean, chosen, 0, units
     )
-
-
-def _transposed_empty(like: Tensor) -> Tensor:
-    """Uninitialised, of `like`'s shape and dtype, with the strides of a transposed (B, L, H, D) tensor."""
-    batch, heads, length, dim = like.shape
-    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
-
-
-def _padded(dim: int) -> int:
-    """Columns of a tile that holds `dim`: a power of two, and enough for a matrix product."""
-    return max(16, 1 << (dim - 1).bit_length())
-
-
-def _strides(name: str, tensor: Tensor | None, *dimensions: str) -> dict[str, int]:
-    """Keyword arguments stride_<name>_<dimension> of a tensor, zeros where there is none."""
-    dimensions = dimensions or ("batch", "head", "token", "dim")
-    prefix = f"stride_{name}_" if name else "stride_"
-    return {prefix + dimension: _stride(tensor, index) for index, dimension in enumerate(dimensions)}
-
-
-def _stride(tensor: Tensor | None, dimension: int) -> int:
-    return 0 if tensor is None else tensor.stride(dimension)
-
-
-def _addressing(*tensors: Tensor) -> dict[str, Any]:
-    """How the kernels may address these (B, H, L, D) tensors.
-
-    WIDE: offsets inside a tile may pass 32 bits. ALIGN: a power of two, at most 16 bytes of elements, that divides the
-    strides of batch, head and token.
-    """
-    wide = any(MAX_TILE * tensor.stride(2) + tensor.shape[3] * tensor.stride(3) >= 2**31 for tensor in tensors)
-    align = math.gcd(16 // tensors[0].element_size(), *(stride for tensor in tensors for stride in tensor.stride()[:3]))
-    return {"WIDE": wide, "ALIGN": align}

@@ -219,10 +219,10 @@ def run(case: Case, device: str) -> dict[str, float]:
         alpha=on_device[5],
         key_mean=None if mean is None else mean.to(device),
     )
-    kept = gpu.TRANSIENT_BYTES, gpu._addressing
+    kept = gpu.TRANSIENT_BYTES, gpu.addressing
     gpu.TRANSIENT_BYTES = case.chunk_bytes or kept[0]
     if case.wide:
-        gpu._addressing = lambda *tensors: {**kept[1](*tensors), "WIDE": True}
+        gpu.addressing = lambda *tensors: {**kept[1](*tensors), "WIDE": True}
     try:
         classes, given = classes.to(device), moved(grad, device)
         output, logsumexp = gpu.forward(*on_device[:3], classes, spec, **options)
@@ -235,7 +235,7 @@ def run(case: Case, device: str) -> dict[str, float]:
         if case.low_bit != "none":
             check_operands(on_device, classes, spec, options)
     finally:
-        gpu.TRANSIENT_BYTES, gpu._addressing = kept
+        gpu.TRANSIENT_BYTES, gpu.addressing = kept
     results = [output, logsumexp, *grads]
 
     assert logsumexp.dtype == torch.float32 and logsumexp.is_contiguous()

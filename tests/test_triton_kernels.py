@@ -266,7 +266,7 @@ def test_low_bit_is_refused_where_there_are_no_such_products(
     ],
 )
 def test_addressing(shape: tuple[int, ...], strides: tuple[int, ...], wide: bool, align: int) -> None:
-    from sla_compile.kernels.gpu import _addressing
+    from sla_compile.kernels.layout import addressing
 
     tensor = torch.empty(1 << 32, dtype=torch.float16, device="meta").as_strided(shape, strides)
-    assert _addressing(tensor) == {"WIDE": wide, "ALIGN": align}
+    assert addressing(tensor) == {"WIDE": wide, "ALIGN": align}

@@ -1,0 +1,43 @@
+"""How tensors lie in memory, as the launcher of the Triton kernels tells it to them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from sla_compile.kernels.tuning import MAX_TILE
+
+
+def transposed_empty(like: Tensor) -> Tensor:
+    """Uninitialised, of `like`'s shape and dtype, with the strides of a transposed (B, L, H, D) tensor."""
+    batch, heads, length, dim = like.shape
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def padded_dims(dim: int) -> int:
+    """Columns of a tile that holds `dim`: a power of two, and enough for a matrix product."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def strides_of(name: str, tensor: Tensor | None, *dimensions: str) -> dict[str, int]:
+    """Keyword arguments stride_<name>_<dimension> of a tensor, zeros where there is none."""
+    dimensions = dimensions or ("batch", "head", "token", "dim")
+    prefix = f"stride_{name}_" if name else "stride_"
+    return {prefix + dimension: stride_of(tensor, index) for index, dimension in enumerate(dimensions)}
+
+
+def stride_of(tensor: Tensor | None, dimension: int) -> int:
+    return 0 if tensor is None else tensor.stride(dimension)
+
+
+def addressing(*tensors: Tensor) -> dict[str, Any]:
+    """How the kernels may address these (B, H, L, D) tensors.
+
+    WIDE: offsets inside a tile may pass 32 bits. ALIGN: a power of two, at most 16 bytes of elements, that divides the
+    strides of batch, head and token.
+    """
+    wide = any(MAX_TILE * tensor.stride(2) + tensor.shape[3] * tensor.stride(3) >= 2**31 for tensor in tensors)
+    align = math.gcd(16 // tensors[0].element_size(), *(stride for tensor in tensors for stride in tensor.stride()[:3]))
+    return {"WIDE": wide, "ALIGN": align}
