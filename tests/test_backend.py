@@ -39,7 +39,10 @@ def test_numbers_and_gradients_over_inner_backends(inner):
     gradients = torch.autograd.grad(wanted.square().sum(), tensors)
     result = compiled(model, inner)(x)
     torch.testing.assert_close(result, wanted)
-    torch.testing.assert_close(torch.autograd.grad(result.square().sum(), tensors), gradients)
+    # A small element is a sum of large ones that cancel: roundings are measured by the largest.
+    for found, gradient in zip(torch.autograd.grad(result.square().sum(), tensors), gradients, strict=True):
+        atol = 4 * torch.finfo(torch.float32).eps * gradient.abs().max().item()
+        torch.testing.assert_close(found, gradient, rtol=0, atol=atol)
     ((site,),) = backend.reports()
     assert site.rewritten
     assert site.name == "block.attn"
