@@ -52,7 +52,7 @@ def attention_error(model: nn.Module, samples: list[tuple[Tensor, Tensor, Tensor
 
 
 def calibration_batches(count: int, **sizes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Noisy clips of training, at noise levels spread over (0, 1)."""
+    """Clips that neither training nor validation sees, with noise at levels spread over (0, 1)."""
     for given, sigma, _ in moving_shapes.validation(count, seed=500, **sizes):
         yield given, sigma
 

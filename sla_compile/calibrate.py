@@ -51,9 +51,10 @@ def calibrate(
 
     The model runs densely over the batches, without gradients and in evaluation mode, while queries, keys and values
     of its accelerated attentions are collected. Then each attention is trained by itself, with SoftTop-k's fractional
-    choice of blocks; its alpha begins and ends where the error with the hard choice is least, which has a closed form.
-    Nothing changes but the values of ``<owner>.sla.router_q``, ``router_k`` and ``alpha_logit``, all at once at the end.
-    The state of torch's random numbers is the same as before.
+    choice of blocks; its alpha starts as the mass that full attention puts on the chosen blocks, and ends where the
+    error with the hard choice is least, which has a closed form.
+    Nothing changes but the values of ``<owner>.sla.router_q``, ``router_k`` and ``alpha_logit``, all at once at the
+    end. The state of torch's random numbers is the same as before.
 
     Args:
         model: accelerated with ``SLAConfig(method="sla2")``, not compiled or sharded yet.

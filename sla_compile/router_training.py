@@ -94,10 +94,9 @@ def train(
 ) -> Router:
     """Trains the router and alpha by the mean squared error against full attention with SoftTop-k's shares of blocks.
 
-    Alpha of each sparsity begins and ends where the error with the hard choice is least, in closed form (`fit_alpha`).
-    A router that is no better than the one it started with, on the samples it was trained on, is not kept.
+    Alpha of each sparsity ends where the error with the hard choice is least, in closed form (`fit_alpha`). A router
+    that is no better than the one it started with, on the samples it was trained on, is not kept.
     """
-    start = fit_alpha(samples, start)
     random = torch.Generator().manual_seed(options.seed)
     router_q, router_k = (m.detach().float().clone().requires_grad_() for m in (start.router_q, start.router_k))
     logits = [torch.logit(alpha.detach().float()).requires_grad_() for alpha in start.alphas]
@@ -115,7 +114,7 @@ def train(
             optimizer.zero_grad()
         advance()
     end = Router(router_q.detach(), router_k.detach(), tuple(logit.detach().sigmoid() for logit in logits))
-    end = fit_alpha(samples, end)
+    start, end = (fit_alpha(samples, router) for router in (start, end))
     before, after = (sum(errors(samples, router, samples.training)) for router in (start, end))
     return end if after < before else start
 

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,6 +269,23 @@ def test_another_length_than_alphas_is_named():
     with pytest.raises(ValueError, match="blocks.0.attn: alpha"):
         calibrate(model, batches(length=500), **FAST)
     assert not model.blocks[0].attn.sla.dense
+
+
+def test_the_page_tells_the_truth(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "sla2.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for there, here in (("sparsity=0.95", "sparsity=0.8, min_seq_len=64"), ("batches)", "batches, **fast)")):
+        assert there in program
+        program = program.replace(there, here)
+    monkeypatch.chdir(tmp_path)
+    names = dict(torch=torch, model=build(), batches=batches(), training_data=batches(2), fast=FAST)
+    names["loss_of"] = lambda model, batch: model(*batch).square().mean()
+    before = tensors(names["model"])
+    exec(compile(program, "docs/sla2.md", "exec"), names)
+    after = tensors(names["model"])
+    assert [row.name for row in names["report"]] == ATTENTIONS
+    assert "blocks.0.attn.qkv.weight" in {name for name in before if not torch.equal(before[name], after[name])}
+    assert (tmp_path / "sla2.safetensors").is_file()
 
 
 def test_progress_goes_to_stderr(capsys):
