@@ -49,7 +49,7 @@ def table(length: int, dim: int, heads: int, share: float) -> list[tuple[str, di
     """For each kind of outliers and each scheme: relative error of O_s (rms) and largest error of the log-sum-exp."""
     from low_bit_reference import sparse_forward
 
-    from sla_compile.kernels.quantize import smoothing_mean
+    from sla_compile.kernels.smoothing import token_mean
     from sla_compile.kernels.reference import reference_attention
     from sla_compile.kernels.spec import Spec
 
@@ -64,7 +64,7 @@ def table(length: int, dim: int, heads: int, share: float) -> list[tuple[str, di
         classes = torch.full((1, heads, blocks, blocks), -1, dtype=torch.int8).scatter_(-1, chosen, 1)
         exact, exact_sum = reference_attention(query.double(), key.double(), value.double(), classes, spec)
 
-        mean = smoothing_mean(key)
+        mean = token_mean(key, None)
         results = {"bf16": (in_16_bit(query, key, value, classes, spec.scale, spec.block_q), exact_sum)}
         for low_bit in ("int8", "fp8"):
             for name, shift in ((low_bit, mean), (f"{low_bit}, not smoothed", torch.zeros_like(mean))):

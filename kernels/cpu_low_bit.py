@@ -17,8 +17,8 @@ from sla_compile.kernels.quantize import (
     quantize_blocks,
     quantize_channels,
     quantize_probabilities,
-    smoothing_mean,
 )
+from sla_compile.kernels.smoothing import token_mean
 from sla_compile.kernels.spec import Spec, num_blocks
 
 
@@ -42,7 +42,7 @@ class LowBitHead:
         self.spec, self.dtype, self.value_dtype = spec, dtype, value.dtype
         key, value = key[None, None], value[None, None]
         key_bias = None if key_bias is None else key_bias[None]
-        mean = smoothing_mean(key, key_bias) if key_mean is None else key_mean[None, None]
+        mean = token_mean(key, key_bias) if key_mean is None else key_mean[None, None]
         self.mean = mean[0, 0].to(dtype)
         low_key, scales = quantize_blocks(key, spec.block_k, mean=mean, key_bias=key_bias)
         self.keys, self.key_scales = self._blocks(low_key, spec.block_k), scales[0, 0].to(dtype)

@@ -15,7 +15,8 @@ from sla_compile.kernels.forward import forward_kernel
 from sla_compile.kernels.layout import addressing, padded_dims, stride_of, strides_of, transposed_empty
 from sla_compile.kernels.linear_backward import key_linear_kernel, query_linear_kernel
 from sla_compile.kernels.low_bit import quantize_kernel
-from sla_compile.kernels.quantize import LOW_BIT, channel_scales, smoothing_mean
+from sla_compile.kernels.quantize import LOW_BIT, channel_scales
+from sla_compile.kernels.smoothing import token_mean
 from sla_compile.kernels.spec import MIN_ALPHA, MIN_DENOMINATOR, Spec, num_blocks
 from sla_compile.kernels.summaries import block_sums_kernel, state_size, summaries_kernel
 from sla_compile.kernels.tuning import Plan, plan, target_of
@@ -63,7 +64,7 @@ def forward(
     logsumexp = call.empty(*query.shape[:3])
     smoothing = value_scales = None
     if spec.low_bit != "none":
-        smoothing = smoothing_mean(key, key_bias) if key_mean is None else key_mean
+        smoothing = token_mean(key, key_bias) if key_mean is None else key_mean
         value_scales = channel_scales(value, key_bias).contiguous() if spec.low_bit == "fp8" else None
     with torch.cuda.device_of(query):
         for chunk in call.chunks(backward=False):

@@ -37,18 +37,6 @@ FP8_MAX = 448.0
 MIN_PEAK = 2.0**-100
 
 
-def smoothing_mean(key: Tensor, key_bias: Tensor | None = None) -> Tensor:
-    """Mean (B, H_kv, D) of the keys (B, H_kv, L, D) that take part, 0 where none does; float32, or float64 of float64.
-
-    key_bias: (B, L), minus infinity for a key that does not take part.
-    """
-    dtype = torch.promote_types(key.dtype, torch.float32)
-    if key_bias is None:
-        return key.sum(2, dtype=dtype) / key.shape[2]
-    count = (key_bias > -torch.inf).sum(1).clamp(min=1)
-    return without_masked(key, key_bias).sum(2, dtype=dtype) / count[:, None, None]
-
-
 def without_masked(tokens: Tensor, key_bias: Tensor | None) -> Tensor:
     """The tokens (B, H, L, D), zero where they do not take part: nothing that is masked out moves a scale."""
     return tokens if key_bias is None else tokens.masked_fill((key_bias == -torch.inf)[:, None, :, None], 0)

@@ -11,7 +11,7 @@ from kernel_cases import NAMES, Case
 from low_bit_reference import low_bit_evaluate
 
 from sla_compile.kernels import cpu
-from sla_compile.kernels.quantize import smoothing_mean
+from sla_compile.kernels.smoothing import token_mean
 from sla_compile.kernels.spec import Spec
 
 CASES = [
@@ -44,7 +44,7 @@ def test_against_the_definition(case: Case, dtype: str) -> None:
     classes, bias = kernel_cases.block_map(case, generator), kernel_cases.key_bias(case, generator)
     alpha = kernel_cases.draw_alpha(case, classes, generator)
     alpha = None if alpha is None else alpha.to(wide)
-    smoothing = smoothing_mean(inputs[1], bias)
+    smoothing = token_mean(inputs[1], bias)
     mean = None if alpha is None else smoothing
     grad = torch.randn(inputs[0].shape, generator=generator, dtype=torch.float64).to(inputs[0].dtype)
 

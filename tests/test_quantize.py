@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sla_compile.kernels import quantize
+from sla_compile.kernels.smoothing import token_mean
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "low_bit_error.py"
 
@@ -50,15 +51,15 @@ def test_masked_tokens_move_no_scale() -> None:
     outlier = tokens.clone()
     outlier[:, :, 60:70] = 1e6
     for scales in (
-        lambda t: quantize.quantize_blocks(t, 64, mean=quantize.smoothing_mean(t, bias), key_bias=bias)[1],
+        lambda t: quantize.quantize_blocks(t, 64, mean=token_mean(t, bias), key_bias=bias)[1],
         lambda t: quantize.quantize_channels(t, key_bias=bias)[1],
-        lambda t: quantize.smoothing_mean(t, bias),
+        lambda t: token_mean(t, bias),
     ):
         assert torch.equal(scales(tokens), scales(outlier))
     kept = bias[0] == 0
-    torch.testing.assert_close(quantize.smoothing_mean(tokens, bias), tokens[:, :, kept].mean(2))
+    torch.testing.assert_close(token_mean(tokens, bias), tokens[:, :, kept].mean(2))
     nobody = torch.full((1, 100), -torch.inf)
-    assert not quantize.smoothing_mean(tokens, nobody).any()
+    assert not token_mean(tokens, nobody).any()
 
 
 def test_channels_reach_the_largest_number_and_no_further() -> None:
