@@ -49,8 +49,8 @@ def table(length: int, dim: int, heads: int, share: float) -> list[tuple[str, di
     """For each kind of outliers and each scheme: relative error of O_s (rms) and largest error of the log-sum-exp."""
     from low_bit_reference import sparse_forward
 
-    from sla_compile.kernels.smoothing import token_mean
     from sla_compile.kernels.reference import reference_attention
+    from sla_compile.kernels.smoothing import token_mean
     from sla_compile.kernels.spec import Spec
 
     generator = torch.Generator().manual_seed(0)
