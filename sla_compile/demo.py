@@ -25,8 +25,8 @@ from sla_compile.functional import route, sparse_linear_attention
 
 SEED = 0
 TEXT_TOKENS, TEXT_DIM, LATENT_CHANNELS = 512, 4096, 16
-FORWARD_REPEATS, ATTENTION_REPEATS = 3, 7
-TRAINING_CLIP = (5, 240, 416)  # 780 tokens: fine-tuning at full length would take most of the demo's time
+FORWARD_REPEATS, ATTENTION_REPEATS = 2, 7
+TRAINING_CLIP = (5, 160, 272)  # 340 tokens: fine-tuning at full length would take most of the demo's time
 
 
 @dataclass(frozen=True)
