@@ -105,17 +105,19 @@ def backward(
         shares = alpha.clamp_min(MIN_ALPHA).log().repeat_interleave(spec.block_q, 2)
         logsumexp = logsumexp - shares[..., : query.shape[2]]  # NOTE [Alpha]
     grads = transposed_empty(query), transposed_empty(key), transposed_empty(value)
-    has_weight = proj_weight is not None and spec.linear != "none"
-    grad_weight = torch.zeros_like(proj_weight, dtype=torch.float32) if has_weight else None
-    grad_bias = None
+    grad_weight = grad_bias = None
+    if proj_weight is not None and spec.linear != "none":
+        grad_weight = torch.zeros_like(proj_weight, dtype=torch.float32)
     with torch.cuda.device_of(query):
         for chunk in call.chunks(backward=True):
             grad_weights = chunk.run_backward(grad_output, output, logsumexp, *grads, grad_alpha)
-            if grad_weight is not None:
+            if grad_weight is not None and grad_weights is not None:
                 grad_weight += grad_weights.sum((0, 1))
         if call.proj_bias is not None:
             grad_bias = grad_output.sum((0, 1, 2), dtype=torch.float32).to(call.proj_bias.dtype)
-    return *grads, None if grad_weight is None else grad_weight.to(proj_weight.dtype), grad_bias, grad_alpha
+    if grad_weight is not None and proj_weight is not None:
+        grad_weight = grad_weight.to(proj_weight.dtype)
+    return *grads, grad_weight, grad_bias, grad_alpha
 
 
 def launch(kernel: Any, programs: int, **arguments: Any) -> None:
@@ -262,7 +264,7 @@ class _Call:
             FEATURE_MAP=self.spec.feature_map, LINEAR=self.spec.linear, MIN_DENOMINATOR=MIN_DENOMINATOR,
             MIN_ALPHA=MIN_ALPHA, PRECISION=self.plan.precision, **chosen.options,
         )  # fmt: skip
-        if grad_alpha is not None:
+        if grad_alpha is not None and grad_shares is not None:
             start = self.start * self.group
             grad_alpha.view(-1, rows)[start : start + heads] = grad_shares.sum(2)
 
@@ -432,9 +434,9 @@ def _call(
             raise ValueError(f"alpha must be float32 {expected[:3]}, got {alpha.dtype} {tuple(alpha.shape)}")
     elif spec.linear != "none" and proj_weight is None:
         raise ValueError(f'linear="{spec.linear}" needs proj_weight or alpha')
-    expected = batch, key.shape[1], dim
-    if key_mean is not None and (key_mean.shape != expected or key_mean.dtype != torch.float32):
-        raise ValueError(f"key_mean must be float32 {expected}, got {key_mean.dtype} {tuple(key_mean.shape)}")
+    mean_shape = batch, key.shape[1], dim
+    if key_mean is not None and (key_mean.shape != mean_shape or key_mean.dtype != torch.float32):
+        raise ValueError(f"key_mean must be float32 {mean_shape}, got {key_mean.dtype} {tuple(key_mean.shape)}")
     target = target_of(query.device)
     if spec.low_bit not in LOW_BIT:
         raise ValueError(f'low_bit must be one of {LOW_BIT}, got "{spec.low_bit}"')
