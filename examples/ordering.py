@@ -28,6 +28,8 @@ ATTENTIONS = {
     "SLA": (SLAConfig(min_seq_len=64), False),
     "SLA2, no stage 1": (SLAConfig(method="sla2", min_seq_len=64), False),
     "SLA2": (SLAConfig(method="sla2", min_seq_len=64), True),
+    "SLA2, int8": (SLAConfig(method="sla2", low_bit="int8", min_seq_len=64), True),
+    "SLA2, fp8": (SLAConfig(method="sla2", low_bit="fp8", min_seq_len=64), True),
 }
 
 

@@ -66,7 +66,8 @@ def test_moving_shapes_learns(tmp_path):
 
 def test_ordering(capsys):
     rows = load(FOLDER / "ordering.py").main(["--small"])
-    assert [row["name"] for row in rows] == ["dense", "sparse only", "SLA", "SLA2, no stage 1", "SLA2"]
+    names = ["dense", "sparse only", "SLA", "SLA2, no stage 1", "SLA2", "SLA2, int8", "SLA2, fp8"]
+    assert [row["name"] for row in rows] == names
     assert rows[0]["before"][0] == 0 and all(0 < row["before"][0] < 1 for row in rows[1:])
     assert rows[1]["before"] == rows[2]["before"]  # SLA's projection is zero at first
     assert rows[4]["before"][0] < rows[1]["before"][0]  # stage 1 is for this
