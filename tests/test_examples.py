@@ -1,6 +1,7 @@
 """The examples run in their small mode."""
 
 import importlib.util
+import json
 import math
 import re
 import shutil
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
+
+from sla_compile import SLAConfig
+
 FOLDER = Path(__file__).parent.parent / "examples"
 EXPORT_PAGE = FOLDER.parent / "docs" / "export.md"
 
@@ -105,3 +109,9 @@ def test_export_page(tmp_path, monkeypatch):
         torch.testing.assert_close(names["video"].sample, names["model"](**names["inputs"]).sample)
     files = ("wan.pt2", "wan_core_aten.pt2", "wan_compiled.pt2", "wan.onnx")
     assert {path.name for path in tmp_path.iterdir()} == set(files)
+
+
+def test_the_committed_snapshot_has_todays_fields():
+    """The check of the 14B model takes seconds that CI spends elsewhere; what changes for all sites shows here."""
+    snapshot = json.loads((FOLDER / "wan2.1-14b.json").read_text())
+    assert snapshot["configurations"] == {"A": SLAConfig().to_dict()}
