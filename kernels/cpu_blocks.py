@@ -13,9 +13,10 @@ from torch import Tensor
 from sla_compile.kernels.spec import num_blocks
 
 # NOTE [Chunks]
-# Elements of the gathered keys, and then values, of a chunk of query blocks. With the scores they stay in a core's L2
-# cache of 1 to 2 MB, and the few microseconds that a call of torch costs are small beside its arithmetic. Query blocks
-# go through both branches in groups of GROUP_ROWS, so that what one branch adds to the other is still in the cache.
+# Elements of the gathered keys, and then values, of a chunk of query blocks: with the scores some 2 MB, near a core in
+# the caches, and enough arithmetic for the few microseconds that a call of torch costs (measured: half and double the
+# size are slower). Query blocks go through both branches in groups of GROUP_ROWS, so that what one branch adds to the
+# other is still in the cache.
 CHUNK_ELEMENTS = 6 * 2**16
 CHUNK_TOKENS = 512
 GROUP_ROWS = 8

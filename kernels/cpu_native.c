@@ -23,8 +23,8 @@
 #define PANEL (2 * LANES)
 #define PAGE 4096        // floats that are summed at a time
 #define BLOCK 64         // tokens of a key block
-#define MAX_DIM 256      // and
-#define MAX_QUERIES 128  // the most tokens of a query block
+#define MAX_DIM 256      // largest head dimension
+#define MAX_QUERIES 128  // tokens of a query block, at most
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));

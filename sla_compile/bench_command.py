@@ -143,14 +143,18 @@ def _rows(
 
 def _model_rows(
     given: argparse.Namespace, config: SLAConfig, device: torch.device, dtype: torch.dtype, console: Console
-) -> list[Row]:
-    """The rows of a whole model: dense and accelerated, in eager mode and compiled."""
+) -> list[Row] | None:
+    """The rows of a whole model: dense and accelerated, in eager mode and compiled; None where numbers are wrong."""
     from sla_compile import bench, demo
 
     try:
         clip = demo.Clip(given.frames, 480, 832)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    wrong = bench.check(bench.Shape(1, 2, clip.tokens, 128, dtype, device), config)
+    if wrong:
+        print(f"{given.prog}: {wrong}", file=sys.stderr)  # noqa: T201
+        return None
     config = config.replace(min_seq_len=min(config.min_seq_len, clip.tokens))
     rows = bench.measure_model(given.layers, clip, config, device, dtype, given.repeats, given.backward, console)
     about = bench.environment(device)

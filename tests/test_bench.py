@@ -80,6 +80,23 @@ def test_a_rival_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert bench_rivals.OURS_SPARSE in out
 
 
+def test_whole_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """With a model of the same class but small, and not compiled: that is torch's."""
+    diffusers = pytest.importorskip("diffusers")
+    from sla_compile import demo
+
+    small = dict(num_layers=1, num_attention_heads=2, attention_head_dim=12, ffn_dim=16, text_dim=demo.TEXT_DIM)
+    monkeypatch.setattr(demo, "build_model", lambda layers: diffusers.WanTransformer3DModel(**small))
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    assert main(["bench", "--model", "--backward", "--frames", "1", "--device", "cpu", "--repeats", "2"]) == 0
+    out = capsys.readouterr().out
+    for name in ("dense, eager", "accelerated, eager", "dense, compiled", "accelerated, compiled"):
+        assert out.count(name) == 2, out
+    monkeypatch.setattr(bench, "check", lambda *_: "wrong")
+    assert main(["bench", "--model", "--device", "cpu"]) == 1
+    assert "wrong" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
