@@ -264,7 +264,7 @@ def forward_kernel(
         tokens = query.to(tl.float32)
         feature_maximum, normaliser = feature_statistics(tokens, HEAD_DIM, DIMS, FEATURE_MAP)
         phi = feature(tokens, feature_maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP)
-        z = tl.load(sums_ptr + HEAD_DIM * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+        z = tl.load(sums_ptr + HEAD_DIM * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
         denominator = tl.sum(phi * z[None, :], 1) + tl.cast(epsilon, tl.float32)
         defined = denominator > MIN_DENOMINATOR
         inverse = tl.where(defined, 1.0 / tl.where(defined, denominator, 1.0), 0.0)
@@ -278,7 +278,7 @@ def forward_kernel(
             h = load_tile(
                 sums_ptr, col, HEAD_DIM, HEAD_DIM, 0, 1, SLICE, DIMS, HEAD_DIM, HEAD_DIM % SLICE != 0, False
             )  # (SLICE, DIMS), SLA's projection folded in
-            accumulator = tl.dot(weights, h, accumulator, input_precision=PRECISION)
+            accumulator = tl.dot(weights.to(h.dtype), h, accumulator, input_precision=PRECISION)
         if proj_bias_ptr is not None:
             proj_bias = tl.load(proj_bias_ptr + dims * stride_proj_bias, mask=dims < HEAD_DIM, other=0.0)
             accumulator += proj_bias.to(tl.float32)[None, :]

@@ -157,6 +157,11 @@ class _Call:
         """Columns of an 8-bit tile: a matrix product of them takes at least 32."""
         return max(32, padded_dims(self.head_dim))
 
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """NOTE [Precision of states]."""
+        return torch.bfloat16 if self.query.dtype == torch.bfloat16 else torch.float32
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
 
@@ -169,7 +174,7 @@ class _Call:
             states = columns + self.group * rows
             if backward:
                 states += self.group * rows * (self.spec.block_q // self.plan.query_linear.tile_q)
-        transient = 4 * (lists + states * state_size(self.head_dim))
+        transient = 4 * lists + self.state_dtype.itemsize * states * state_size(self.head_dim)
         if self.spec.low_bit != "none" and not backward:
             transient += 2 * columns * self.spec.block_k * self.low_bit_dims
         step = max(1, TRANSIENT_BYTES // max(1, transient))
@@ -249,7 +254,7 @@ class _Call:
         chosen = self.plan.query_linear
         tiles = rows * (self.spec.block_q // chosen.tile_q)
         delta = self.empty(heads, self.query.shape[2])
-        grad_states = self.empty(heads, tiles, state) if linear else None
+        grad_states = self.empty(heads, tiles, state, dtype=self.state_dtype) if linear else None
         grad_shares = None if grad_alpha is None else self.empty(heads, rows, self.spec.block_q)
         launch(
             query_linear_kernel,
@@ -359,7 +364,7 @@ class _Call:
         slots = columns if self.spec.linear == "marginal" else min(columns, PARTIAL_SUMS)
         slot_blocks = num_blocks(columns, slots)
         slots = num_blocks(columns, slot_blocks)
-        states = self.empty(self.units, slots, state_size(self.head_dim))
+        states = self.empty(self.units, slots, state_size(self.head_dim), dtype=self.state_dtype)
         chosen = self.plan.summaries
         launch(
             summaries_kernel,
@@ -392,7 +397,7 @@ class _Call:
             strides["stride_row"], strides["stride_term"] = strides["stride_term"], strides["stride_row"]
         members, shared = (self.group, 1) if columns else (1, self.group)
         heads = self.units if columns else self.units * self.group
-        sums = self.empty(heads, rows, states.shape[2])
+        sums = self.empty(heads, rows, states.shape[2], dtype=self.state_dtype)
         chosen = self.plan.block_sums
         launch(
             block_sums_kernel,

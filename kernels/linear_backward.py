@@ -116,6 +116,7 @@ def query_linear_kernel(
         else:
             sums_ptr += (local // group).to(tl.int64) * STATE
         grad_states_ptr += (local.to(tl.int64) * tiles + tile) * STATE
+        dtype: tl.constexpr = sums_ptr.dtype.element_ty  # NOTE [Precision of states]
         products = tl.zeros([TILE_Q, DIMS], tl.float32)  # G
         for col in range(0, HEAD_DIM, SLICE):
             h = load_tile(
@@ -124,7 +125,7 @@ def query_linear_kernel(
             grads = load_tile(
                 grad_output_ptr, first, length, stride_grad_token, col, stride_grad_dim,
                 TILE_Q, SLICE, HEAD_DIM, True, WIDE,
-            ).to(tl.float32)  # (TILE_Q, SLICE)  # fmt: skip
+            ).to(dtype)  # (TILE_Q, SLICE)  # fmt: skip
             products = tl.dot(grads, tl.trans(h), products, input_precision=PRECISION)
 
         query = load_tile(
@@ -132,7 +133,7 @@ def query_linear_kernel(
         ).to(tl.float32)  # (TILE_Q, DIMS)
         maximum, normaliser = feature_statistics(query, HEAD_DIM, DIMS, FEATURE_MAP)
         phi = feature(query, maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP)
-        z = tl.load(sums_ptr + HEAD_DIM * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+        z = tl.load(sums_ptr + HEAD_DIM * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
         denominator = tl.sum(phi * z[None, :], 1) + tl.cast(epsilon, tl.float32)
         defined = denominator > MIN_DENOMINATOR
         inverse = tl.where(defined, 1.0 / tl.where(defined, denominator, 1.0), 0.0)
@@ -160,11 +161,11 @@ def query_linear_kernel(
                 query_ptr, first, length, stride_query_token, col, stride_query_dim, TILE_Q, SLICE, HEAD_DIM, True, WIDE
             ).to(tl.float32)  # (TILE_Q, SLICE)
             weights = feature(part, maximum, normaliser, col, SLICE, HEAD_DIM, FEATURE_MAP) * inverse[:, None]
-            grad_h = tl.dot(tl.trans(weights), grad_output, input_precision=PRECISION)  # (SLICE, DIMS)
+            grad_h = tl.dot(tl.trans(weights.to(dtype)), grad_output.to(dtype), input_precision=PRECISION)  # (SLICE, DIMS)
             store_tile(grad_states_ptr, grad_h, col, HEAD_DIM, HEAD_DIM, 0, 1, SLICE, DIMS, HEAD_DIM, False)
             grad_z = -tl.sum(weights * delta_linear[:, None], 0)
             cols = col + tl.arange(0, SLICE)
-            tl.store(grad_states_ptr + HEAD_DIM * HEAD_DIM + cols, grad_z, mask=cols < HEAD_DIM)
+            tl.store(grad_states_ptr + HEAD_DIM * HEAD_DIM + cols, grad_z.to(dtype), mask=cols < HEAD_DIM)
 
     rows = first + tl.arange(0, TILE_Q)
     tl.store(delta_ptr + local.to(tl.int64) * length + rows, delta, mask=rows < length)
@@ -249,18 +250,19 @@ def key_linear_kernel(
     if weight_ptr is not None:
         grad_weights_ptr += (local.to(tl.int64) * tiles + tile) * HEAD_DIM * HEAD_DIM
 
+    dtype: tl.constexpr = grad_sums_ptr.dtype.element_ty  # NOTE [Precision of states]
     key = load_tile(key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE).to(
         tl.float32
     )  # (TILE_K, DIMS)
     value = load_tile(
         value_ptr, start, length, stride_value_token, 0, stride_value_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
-    ).to(tl.float32)  # (TILE_K, DIMS)
+    ).to(dtype)  # (TILE_K, DIMS)
     if key_mean_ptr is not None:
         key_mean_ptr += batch * stride_mean_batch + head * stride_mean_head
         key -= load_mean(key_mean_ptr, stride_mean_dim, DIMS, HEAD_DIM)[None, :]
     weights = key_weights(key_bias_ptr, stride_bias_token, start, length, TILE_K)
     maximum, normaliser = feature_statistics(key, HEAD_DIM, DIMS, FEATURE_MAP)
-    phi = feature(key, maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP) * weights[:, None]
+    phi = (feature(key, maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP) * weights[:, None]).to(dtype)
     grad_phi = tl.zeros([TILE_K, DIMS], tl.float32)
     grad_value = tl.zeros([TILE_K, DIMS], tl.float32)
     for col in range(0, HEAD_DIM, SLICE):
@@ -274,19 +276,19 @@ def key_linear_kernel(
             )  # fmt: skip
             part = load_tile(
                 value_ptr, start, length, stride_value_token, col, stride_value_dim, TILE_K, SLICE, HEAD_DIM, True, WIDE
-            ).to(tl.float32)  # (TILE_K, SLICE)
+            ).to(dtype)  # (TILE_K, SLICE)
             grad_phi = tl.dot(part, tl.trans(grad_h), grad_phi, input_precision=PRECISION)
         else:
             weight = load_tile(
                 weight_ptr, col, HEAD_DIM, stride_weight_out, 0, stride_weight_in,
                 SLICE, DIMS, HEAD_DIM, HEAD_DIM % SLICE != 0, False,
-            ).to(tl.float32)  # (SLICE, DIMS)  # fmt: skip
+            ).to(dtype)  # (SLICE, DIMS)  # fmt: skip
             grad_h = load_tile(
                 grad_sums_ptr, 0, HEAD_DIM, HEAD_DIM, col, 1, DIMS, SLICE, HEAD_DIM, HEAD_DIM < DIMS, False
             )  # (DIMS, SLICE)
-            projected = tl.dot(value, tl.trans(weight), input_precision=PRECISION)  # V', (TILE_K, SLICE)
+            projected = tl.dot(value, tl.trans(weight), input_precision=PRECISION).to(dtype)  # V', (TILE_K, SLICE)
             grad_phi = tl.dot(projected, tl.trans(grad_h), grad_phi, input_precision=PRECISION)
-            grad_projected = tl.dot(phi, grad_h, input_precision=PRECISION)  # dV', (TILE_K, SLICE)
+            grad_projected = tl.dot(phi, grad_h, input_precision=PRECISION).to(dtype)  # dV', (TILE_K, SLICE)
             grad_value = tl.dot(grad_projected, weight, grad_value, input_precision=PRECISION)
             grad_weight = tl.dot(tl.trans(grad_projected), value, input_precision=PRECISION)  # (SLICE, DIMS)
             store_tile(grad_weights_ptr, grad_weight, col, HEAD_DIM, HEAD_DIM, 0, 1, SLICE, DIMS, HEAD_DIM, False)
@@ -295,7 +297,7 @@ def key_linear_kernel(
             grad_value_ptr, grad_value, start, length, stride_gv_token, 0, stride_gv_dim, TILE_K, DIMS, HEAD_DIM, WIDE
         )
     dims = tl.arange(0, DIMS)
-    grad_z = tl.load(grad_sums_ptr + HEAD_DIM * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+    grad_z = tl.load(grad_sums_ptr + HEAD_DIM * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
     grad_phi = weights[:, None] * (grad_phi + grad_z[None, :])
     phi = feature(key, maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP)
     store_tile(

@@ -1,12 +1,17 @@
 """The linear branch's states: what a block of keys contributes, and the sums of contributions over marginal blocks.
 
-NOTE [State]: a state is a (D + 1, D) float32 matrix, h above z, flat, so that summing h and z over blocks is one matrix
+NOTE [State]: a state is a (D + 1, D) matrix, h above z, flat, so that summing h and z over blocks is one matrix
 product. Its size is rounded up to 16 elements, which keeps every state aligned. The projection is folded in:
 
     h_j = phi(K_j)^T diag(w) V_j W^T        z_j = phi(K_j)^T w        w: weights of the keys, exp(key bias)
 
 so O_l W^T = phi(Q) H / (phi(Q) Z) is one product less for each query block, in the forward and in the backward. SLA2
 has no projection, W is the identity, and it subtracts the keys' mean before phi.
+
+NOTE [Precision of states]: for bfloat16 inputs states, their sums and their gradients are kept in bfloat16, and are its
+operands of every product: they are the largest tensors of a call, which moves half the bytes and multiplies at twice
+tf32's rate. An element is rounded once, as P is in the sparse branch, and sums of them are taken in float32. For float16
+they are float32: sums over a sequence pass its largest number. The kernels take the type from the states' pointers.
 """
 
 from __future__ import annotations
@@ -82,12 +87,13 @@ def summaries_kernel(
     if key_bias_ptr is not None:
         key_bias_ptr += batch * stride_bias_batch
     states_ptr += (local.to(tl.int64) * slots + slot) * STATE
+    dtype: tl.constexpr = states_ptr.dtype.element_ty  # NOTE [Precision of states]
 
     if weight_ptr is not None:
         weight = load_tile(
             weight_ptr, col, HEAD_DIM, stride_weight_out, 0, stride_weight_in,
             SLICE, DIMS, HEAD_DIM, HEAD_DIM % SLICE != 0, False,
-        ).to(tl.float32)  # (SLICE, DIMS)  # fmt: skip
+        ).to(dtype)  # (SLICE, DIMS)  # fmt: skip
     if key_mean_ptr is not None:
         mean = load_mean(
             key_mean_ptr + batch * stride_mean_batch + head * stride_mean_head, stride_mean_dim, DIMS, HEAD_DIM
@@ -104,23 +110,23 @@ def summaries_kernel(
         if weight_ptr is None:
             projected = load_tile(
                 value_ptr, start, length, stride_value_token, col, stride_value_dim, TILE_K, SLICE, HEAD_DIM, True, WIDE
-            ).to(tl.float32)  # (TILE_K, SLICE)
+            ).to(dtype)  # (TILE_K, SLICE)
         else:
             value = load_tile(
                 value_ptr, start, length, stride_value_token, 0, stride_value_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
-            ).to(tl.float32)  # (TILE_K, DIMS)
-            projected = tl.dot(value, tl.trans(weight), input_precision=PRECISION)  # (TILE_K, SLICE)
+            ).to(dtype)  # (TILE_K, DIMS)
+            projected = tl.dot(value, tl.trans(weight), input_precision=PRECISION).to(dtype)  # (TILE_K, SLICE)
         maximum, normaliser = feature_statistics(key, HEAD_DIM, DIMS, FEATURE_MAP)
         phi = feature(key, maximum, normaliser, 0, DIMS, HEAD_DIM, FEATURE_MAP)
         # Past the end of the sequence phi of what was loaded is not zero: the weight is, applied after phi.
         phi *= key_weights(key_bias_ptr, stride_bias_token, start, length, TILE_K)[:, None]
-        h = tl.dot(tl.trans(phi), projected, h, input_precision=PRECISION)
+        h = tl.dot(tl.trans(phi.to(dtype)), projected, h, input_precision=PRECISION)
         z += tl.sum(phi, 0)
 
     store_tile(states_ptr, h, 0, HEAD_DIM, HEAD_DIM, col, 1, DIMS, SLICE, HEAD_DIM, False)
     dims = tl.arange(0, DIMS)
     if col == 0:
-        tl.store(states_ptr + HEAD_DIM * HEAD_DIM + dims, z, mask=dims < HEAD_DIM)
+        tl.store(states_ptr + HEAD_DIM * HEAD_DIM + dims, z.to(dtype), mask=dims < HEAD_DIM)
 
 
 @triton.jit(
@@ -178,6 +184,6 @@ def block_sums_kernel(
             states = load_tile(
                 head_states_ptr, start, terms, STATE, first_col, 1, TILE_TERMS, TILE_COLS, STATE, True, False
             )  # (TILE_TERMS, TILE_COLS)
-            total = tl.dot((classes == 0).to(tl.float32), states, total, input_precision=PRECISION)
+            total = tl.dot((classes == 0).to(states.dtype), states, total, input_precision=PRECISION)
     offsets = (local.to(tl.int64) * rows + row)[:, None] * STATE + col[None, :]
-    tl.store(sums_ptr + offsets, total, mask=(row < rows)[:, None] & (col < STATE)[None, :])
+    tl.store(sums_ptr + offsets, total.to(sums_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (col < STATE)[None, :])
