@@ -391,7 +391,16 @@ class _Call:
         return self.block_sums(grad_states, self.block_map.shape[3], grad_states.shape[1], parts, columns=True)
 
     def block_sums(self, states: Tensor, rows: int, terms: int, terms_per_block: int, *, columns: bool) -> Tensor:
-        """Sums of states over the marginal blocks of each row of the map, or with `columns` of each column."""
+        """Sums of states over the marginal blocks of each row of the map, or with `columns` of each column.
+
+        A matrix product with the marginal mask. In bfloat16 torch's is the fastest there is; in float32 it would not
+        run on tensor cores.
+        """
+        if states.dtype == torch.bfloat16:
+            marginal = self.marginal_mask(terms_per_block if columns else 1)
+            if columns:
+                marginal = marginal.mT
+            return torch.bmm(marginal, states.view(self.units, -1, states.shape[2])).view(-1, rows, states.shape[2])
         strides = strides_of("", self.block_map, "batch", "head", "row", "term")
         if columns:
             strides["stride_row"], strides["stride_term"] = strides["stride_term"], strides["stride_row"]
@@ -408,6 +417,17 @@ class _Call:
             TILE_COLS=chosen.slice, PRECISION=self.plan.precision, **chosen.options,
         )  # fmt: skip
         return sums
+
+
+    def marginal_mask(self, repeats: int) -> Tensor:
+        """bfloat16 (units, group * T_m * repeats, T_n): 1 where a block is marginal, each row `repeats` times."""
+        rows, columns = self.block_map.shape[2:]
+        classes = self.block_map.flatten(0, 1)[self.start * self.group :][: self.units * self.group]
+        # Rows are a multiple of 16 bytes apart: what the product reads at full width.
+        padded = self.empty(self.units, self.group * rows, repeats, -(-columns // 8) * 8, dtype=torch.bfloat16)
+        mask = padded[..., :columns]
+        mask.copy_((classes == 0).view(self.units, -1, 1, columns).expand_as(mask))
+        return padded.flatten(1, 2)[..., :columns]
 
 
 def _call(

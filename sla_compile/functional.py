@@ -9,7 +9,7 @@ from sla_compile.config import MAX_HEAD_DIM, SLAConfig
 from sla_compile.kernels.masks import key_bias
 from sla_compile.kernels.routing import route as _route
 from sla_compile.kernels.spec import num_blocks
-from sla_compile.ops import default_scale, op_scalars
+from sla_compile.ops import autocast_tokens, default_scale, op_scalars
 from sla_compile.passes.eligibility import DTYPES, is_key_padding_mask
 
 
@@ -97,6 +97,14 @@ def route(
     """
     _check_inputs(query, key, key, enable_gqa, key_padding_mask)
     _check_routers(query, router_q, router_k, config)
+    device = query.device.type
+    if device in DTYPES and torch.is_autocast_enabled(device):
+        query, key = autocast_tokens(query, key)
+        with torch.autocast(device, enabled=False):
+            return route(
+                query, key, config=config, router_q=router_q, router_k=router_k, key_padding_mask=key_padding_mask,
+                scale=scale, enable_gqa=enable_gqa,
+            )  # fmt: skip
     return _route(
         query,
         key,

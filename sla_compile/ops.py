@@ -246,17 +246,27 @@ def _autograd(ctx: Any, grad_output: Tensor | None, _grad_logsumexp: None) -> tu
 sparse_linear_attention_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def autocast_tokens(*tensors: Tensor) -> list[Tensor]:
+    """Query, key and value in the autocast dtype of their device, as scaled_dot_product_attention takes them."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
+
+
 def _register_autocast(device_type: str, dispatch_key: str) -> None:
-    """Query, key and value run in the autocast dtype, as those of scaled_dot_product_attention do; the parameters keep
-    their own, which torch's register_autocast would cast too."""
+    """The tokens run in the autocast dtype; the parameters keep their own, which torch's register_autocast would cast
+    too. The backward, called inside an autocast region, computes as it does outside: its blocks are the forward's."""
 
-    def autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device_type)
-        tensors = [t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value)]
+    def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        tokens = autocast_tokens(query, key, value)
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.sla_compile.sparse_linear_attention(*tensors, *rest)
+            return torch.ops.sla_compile.sparse_linear_attention(*tokens, *rest)
 
-    _LIBRARY.impl("sparse_linear_attention", autocast, dispatch_key)
+    def backward(*arguments: Any) -> tuple[Tensor, ...]:
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.sla_compile.sparse_linear_attention_backward(*arguments)
+
+    _LIBRARY.impl("sparse_linear_attention", forward, dispatch_key)
+    _LIBRARY.impl("sparse_linear_attention_backward", backward, dispatch_key)
 
 
 _LIBRARY = torch.library.Library("sla_compile", "FRAGMENT")

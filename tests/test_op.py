@@ -161,6 +161,22 @@ def test_autocast_casts_tokens_and_leaves_parameters():
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 
+def test_autocast_around_the_backward_changes_nothing():
+    query, key, value = make_inputs(heads=8, length=1000, dim=64)  # enough near ties for a rounding to show
+    weight, bias = make_projection(64)
+    leaves = (query, key, value, weight, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        block_map = sla_compile.route(query, key, config=CONFIG)
+        output = sla_compile.sparse_linear_attention(
+            query, key, value, config=CONFIG, proj_weight=weight, proj_bias=bias
+        )
+        loss = output.float().square().sum()
+        inside = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for found, expected in zip(inside, torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(block_map, sla_compile.route(query.bfloat16(), key.bfloat16(), config=CONFIG))
+
+
 def test_autocast_takes_mixed_dtypes():
     query, key, value = make_inputs(grad=False)
     weight, bias = make_projection()
