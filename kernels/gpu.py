@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from sla_compile.kernels.backward import key_gradient_kernel, query_gradient_kernel
@@ -16,6 +17,7 @@ from sla_compile.kernels.layout import addressing, padded_dims, stride_of, strid
 from sla_compile.kernels.linear_backward import key_linear_kernel, query_linear_kernel
 from sla_compile.kernels.low_bit import quantize_kernel
 from sla_compile.kernels.quantize import LOW_BIT, channel_scales
+from sla_compile.kernels.selection import select_kernel
 from sla_compile.kernels.smoothing import token_mean
 from sla_compile.kernels.spec import MIN_ALPHA, MIN_DENOMINATOR, Spec, num_blocks
 from sla_compile.kernels.summaries import block_sums_kernel, state_size, summaries_kernel
@@ -120,6 +122,24 @@ def backward(
     return *grads, grad_weight, grad_bias, grad_alpha
 
 
+def select_blocks(scores: Tensor, critical: int, skipped: int, leading: int, trailing: int) -> Tensor:
+    """:func:`sla_compile.kernels.routing.select_blocks` in one launch; of equal scores the first is the highest."""
+    scores = scores.contiguous()
+    columns = scores.shape[-1]
+    block_map = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
+    with torch.cuda.device_of(scores):
+        launch(
+            select_kernel,
+            block_map.numel() // columns,
+            scores_ptr=scores, map_ptr=block_map, columns=columns, critical=critical,
+            kept=max(0, trailing - leading) - skipped, leading=leading, trailing=trailing,
+            COLS=triton.next_power_of_2(columns),
+            # One warp needs no barriers; it holds a row in registers.
+            num_warps=1 if columns <= 2048 else 4 if columns <= 8192 else 16,
+        )  # fmt: skip
+    return block_map
+
+
 def launch(kernel: Any, programs: int, **arguments: Any) -> None:
     """Launches `programs` programs of a kernel."""
     kernel[(programs,)](**arguments)
@@ -174,7 +194,8 @@ class _Call:
             states = columns + self.group * rows
             if backward:
                 states += self.group * rows * (self.spec.block_q // self.plan.query_linear.tile_q)
-        transient = 4 * lists + self.state_dtype.itemsize * states * state_size(self.head_dim)
+        # Four bytes an entry of a list, two an element of the marginal mask.
+        transient = 6 * lists + self.state_dtype.itemsize * states * state_size(self.head_dim)
         if self.spec.low_bit != "none" and not backward:
             transient += 2 * columns * self.spec.block_k * self.low_bit_dims
         step = max(1, TRANSIENT_BYTES // max(1, transient))
@@ -417,7 +438,6 @@ class _Call:
             TILE_COLS=chosen.slice, PRECISION=self.plan.precision, **chosen.options,
         )  # fmt: skip
         return sums
-
 
     def marginal_mask(self, repeats: int) -> Tensor:
         """bfloat16 (units, group * T_m * repeats, T_n): 1 where a block is marginal, each row `repeats` times."""

@@ -161,7 +161,9 @@ def query_linear_kernel(
                 query_ptr, first, length, stride_query_token, col, stride_query_dim, TILE_Q, SLICE, HEAD_DIM, True, WIDE
             ).to(tl.float32)  # (TILE_Q, SLICE)
             weights = feature(part, maximum, normaliser, col, SLICE, HEAD_DIM, FEATURE_MAP) * inverse[:, None]
-            grad_h = tl.dot(tl.trans(weights.to(dtype)), grad_output.to(dtype), input_precision=PRECISION)  # (SLICE, DIMS)
+            grad_h = tl.dot(
+                tl.trans(weights.to(dtype)), grad_output.to(dtype), input_precision=PRECISION
+            )  # (SLICE, DIMS)
             store_tile(grad_states_ptr, grad_h, col, HEAD_DIM, HEAD_DIM, 0, 1, SLICE, DIMS, HEAD_DIM, False)
             grad_z = -tl.sum(weights * delta_linear[:, None], 0)
             cols = col + tl.arange(0, SLICE)

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sla_compile.kernels.spec import critical_count, negligible_count, num_blocks
+
+
+def select_blocks(scores: Tensor, critical: int, skipped: int, leading: int, trailing: int) -> Tensor:
+    """The block map of scores (B, H, T_m, T_n) float32: 1 for the `critical` highest of a row, -1 for the `skipped`
+    lowest, 0 for the others.
+
+    Columns before `leading` and from `trailing` on are 1 and not ranked. The order among equal scores is undefined.
+    """
+    column = torch.arange(scores.shape[-1], device=scores.device)
+    pinned_columns = (column < leading) | (column >= trailing)
+    has_pinned = leading > 0 or trailing < scores.shape[-1]
+    highest = scores.masked_fill(pinned_columns, -torch.inf) if has_pinned else scores
+    block_map = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+    # Negligible first: where scores tie, a block can be in both lists, and critical wins.
+    if skipped:
+        lowest = scores.masked_fill(pinned_columns, torch.inf) if has_pinned else scores
+        block_map.scatter_(-1, lowest.topk(skipped, largest=False, sorted=False).indices, -1)
+    if critical:
+        block_map.scatter_(-1, highest.topk(critical, sorted=False).indices, 1)
+    return block_map.masked_fill_(pinned_columns, 1) if has_pinned else block_map
 
 
 @torch.no_grad()
@@ -24,6 +46,7 @@ def route(
     key_bias: Tensor | None = None,
     router_q: Tensor | None = None,
     router_k: Tensor | None = None,
+    select: Callable[[Tensor, int, int, int, int], Tensor] = select_blocks,
 ) -> Tensor:
     """Classifies the blocks of an attention by the pooled scores of their tokens.
 
@@ -35,9 +58,10 @@ def route(
         query: (B, H, L, D); key: (B, H_kv, L, D), H a multiple of H_kv; any strides.
         key_bias: (B, L) float32, -inf where a key takes no part; those keys are not pooled.
         router_q, router_k: (D, D) as in nn.Linear, shared by the heads; None is the identity.
+        select: ranks the scores; a device may have a faster one than :func:`select_blocks`.
 
     Returns:
-        int8 (B, H, T_m, T_n), with at least one +1 in each row. The order among equal scores is undefined.
+        int8 (B, H, T_m, T_n), with at least one +1 in each row.
     """
     batch, heads, length, _ = query.shape
     kv_heads = key.shape[1]
@@ -53,23 +77,12 @@ def route(
     if key_bias is not None:
         scores = scores.masked_fill((weight == 0).transpose(-1, -2), -torch.inf)
 
-    pinned_columns = pinned_blocks(length, block_k, pinned, query.device)
-    pinned_count = int(pinned_first_last(length, block_k, pinned)[2])
-    if pinned_count:
-        scores = scores.masked_fill(pinned_columns, -torch.inf)
-    free = columns - pinned_count
+    leading, trailing, pinned_count = pinned_first_last(length, block_k, pinned)
+    free = columns - int(pinned_count)
     critical = min(critical_count(columns, sparsity, critical_blocks), free) if free else 0
     skipped = negligible_count(free, critical, negligible)
-
-    block_map = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
-    # Negligible first: where scores tie, a block can be in both lists, and critical wins.
-    if skipped:
-        lowest = scores if not pinned_count else scores.masked_fill(pinned_columns, torch.inf)
-        block_map.scatter_(-1, lowest.topk(skipped, largest=False, sorted=False).indices, -1)
-    if critical:
-        block_map.scatter_(-1, scores.topk(critical, sorted=False).indices, 1)
+    block_map = select(scores, critical, skipped, leading, trailing)
     if pinned_count:
-        block_map.masked_fill_(pinned_columns, 1)
         block_map.masked_fill_(pinned_blocks(length, block_q, pinned, query.device)[:, None], 1)
     return block_map
 

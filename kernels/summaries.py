@@ -186,4 +186,6 @@ def block_sums_kernel(
             )  # (TILE_TERMS, TILE_COLS)
             total = tl.dot((classes == 0).to(states.dtype), states, total, input_precision=PRECISION)
     offsets = (local.to(tl.int64) * rows + row)[:, None] * STATE + col[None, :]
-    tl.store(sums_ptr + offsets, total.to(sums_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (col < STATE)[None, :])
+    tl.store(
+        sums_ptr + offsets, total.to(sums_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (col < STATE)[None, :]
+    )

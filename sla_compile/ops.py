@@ -7,6 +7,7 @@ this file needs neither Triton nor CUDA.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Optional
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sla_compile.config import SLAConfig
 from sla_compile.kernels.masks import key_bias
-from sla_compile.kernels.routing import route
+from sla_compile.kernels.routing import route, select_blocks
 from sla_compile.kernels.smoothing import has_complement, token_mean, without_mean
 from sla_compile.kernels.spec import Spec
 
@@ -145,6 +146,11 @@ def default_scale(scale: float | None, head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
+def block_selector(query: Tensor) -> Callable[..., Tensor]:
+    """How route ranks blocks on the tensor's device."""
+    return _kernels(query, "none").select_blocks if query.is_cuda else select_blocks
+
+
 def _prepared(
     query: Tensor,
     key: Tensor,
@@ -171,6 +177,7 @@ def _prepared(
             key_bias=bias,
             router_q=router_q,
             router_k=router_k,
+            select=block_selector(query),
         )
     prepared = {"block_map": block_map, "key_bias": bias, "alpha": None, "key_mean": None}
     if alpha is not None:

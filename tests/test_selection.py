@@ -1,0 +1,83 @@
+"""The kernel that selects blocks: exactly the ranking by score and place, on a GPU or in Triton's interpreter.
+
+As a script it makes the comparison in a process of its own, which Triton's interpreter needs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+KINDS = ("random", "ties", "equal", "infinite", "tiny", "nan")
+# (rows, columns, critical, skipped, leading, trailing)
+SIZES = [
+    (1, 1, 1, 0, 0, 1),
+    (5, 7, 2, 1, 0, 7),
+    (3, 20, 1, 0, 0, 20),
+    (9, 129, 6, 12, 0, 129),
+    (6, 40, 3, 4, 2, 39),  # pinned at both ends
+    (2, 8, 0, 0, 3, 3),  # nothing but pinned columns
+    (4, 64, 64, 0, 0, 64),
+    (4, 64, 10, 54, 0, 64),  # nothing marginal
+    (2, 1500, 75, 150, 5, 1500),
+]
+
+
+def scores(rows: int, columns: int, kind: str) -> Tensor:
+    drawn = torch.randn(1, 2, rows, columns, generator=torch.Generator().manual_seed(rows * columns))
+    if kind == "ties":
+        return drawn.round()
+    if kind == "equal":
+        return torch.zeros_like(drawn)
+    if kind == "infinite":
+        return drawn.masked_fill(drawn > 1, torch.inf).masked_fill(drawn < 0, -torch.inf)
+    if kind == "tiny":  # subnormal numbers
+        return drawn * 1e-39
+    if kind == "nan":
+        return drawn.masked_fill(drawn > 1, torch.nan).masked_fill(drawn < -1, -torch.nan)
+    return drawn
+
+
+def expected(scores: Tensor, critical: int, skipped: int, leading: int, trailing: int) -> Tensor:
+    """By a stable sort: of equal scores the first is the highest, and NaN is higher than all."""
+    block_map = torch.ones(scores.shape, dtype=torch.int8)
+    ranked = scores[..., leading:trailing]
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    classes = torch.zeros(ranked.shape, dtype=torch.int8)
+    classes.scatter_(-1, order[..., :critical], 1)
+    classes.scatter_(-1, order[..., ranked.shape[-1] - skipped :], -1)
+    block_map[..., leading:trailing] = classes
+    return block_map
+
+
+def compare(device: str) -> None:
+    from sla_compile.kernels.gpu import select_blocks
+
+    for rows, columns, *choice in SIZES:
+        for kind in KINDS if (rows, columns) == (6, 40) else KINDS[:2]:
+            drawn = scores(rows, columns, kind)
+            found = select_blocks(drawn.to(device), *choice).cpu()
+            assert torch.equal(found, expected(drawn, *choice)), (rows, columns, choice, kind)
+    strided = scores(5, 9, "random").transpose(2, 3)
+    assert torch.equal(select_blocks(strided.to(device), 1, 1, 0, 5).cpu(), expected(strided, 1, 1, 0, 5))
+
+
+def test_selects_the_highest_and_the_lowest() -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        compare("cuda")
+        return
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    compare("cpu")
