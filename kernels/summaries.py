@@ -8,10 +8,10 @@ product. Its size is rounded up to 16 elements, which keeps every state aligned.
 so O_l W^T = phi(Q) H / (phi(Q) Z) is one product less for each query block, in the forward and in the backward. SLA2
 has no projection, W is the identity, and it subtracts the keys' mean before phi.
 
-NOTE [Precision of states]: for bfloat16 inputs states, their sums and their gradients are kept in bfloat16, and are its
-operands of every product: they are the largest tensors of a call, which moves half the bytes and multiplies at twice
-tf32's rate. An element is rounded once, as P is in the sparse branch, and sums of them are taken in float32. For float16
-they are float32: sums over a sequence pass its largest number. The kernels take the type from the states' pointers.
+NOTE [Precision of states]: for bfloat16 inputs the states, their sums and their gradients are bfloat16, and so are the
+operands of the products that make and use them. They are the largest tensors of a call: it moves half the bytes, and
+multiplies at twice tf32's rate. Each is rounded as P is in the sparse branch; all sums are taken in float32. For float16
+inputs they are float32, because sums over a sequence can pass 65504. The kernels take the type from the pointers.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def block_sums_kernel(
     TILE_COLS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sums[r] = sum over t of [map[r, t] == 0] states[t]: a matrix product with the marginal mask, read as it is.
+    """sums[r] = sum over t of [map[r, t] == 0] states[t]: a matrix product with the marginal mask, in float32.
 
     Sum n adds up the query heads n * members .. + members - 1, whose states are those of head / shared. With the map's
     strides exchanged it sums over query blocks for each key block; TERMS_PER_BLOCK consecutive states then belong to
@@ -184,8 +184,6 @@ def block_sums_kernel(
             states = load_tile(
                 head_states_ptr, start, terms, STATE, first_col, 1, TILE_TERMS, TILE_COLS, STATE, True, False
             )  # (TILE_TERMS, TILE_COLS)
-            total = tl.dot((classes == 0).to(states.dtype), states, total, input_precision=PRECISION)
+            total = tl.dot((classes == 0).to(tl.float32), states, total, input_precision=PRECISION)
     offsets = (local.to(tl.int64) * rows + row)[:, None] * STATE + col[None, :]
-    tl.store(
-        sums_ptr + offsets, total.to(sums_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (col < STATE)[None, :]
-    )
+    tl.store(sums_ptr + offsets, total, mask=(row < rows)[:, None] & (col < STATE)[None, :])
