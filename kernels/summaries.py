@@ -10,8 +10,8 @@ has no projection, W is the identity, and it subtracts the keys' mean before phi
 
 NOTE [Precision of states]: for bfloat16 inputs the states, their sums and their gradients are bfloat16, and so are the
 operands of the products that make and use them. They are the largest tensors of a call: it moves half the bytes, and
-multiplies at twice tf32's rate. Each is rounded as P is in the sparse branch; all sums are taken in float32. For float16
-inputs they are float32, because sums over a sequence can pass 65504. The kernels take the type from the pointers.
+multiplies at twice tf32's rate. Each is rounded as P is in the sparse branch; all sums are taken in float32. For
+float16 they are float32, because sums over a sequence can pass 65504. The kernels take the type from the pointers.
 """
 
 from __future__ import annotations
