@@ -6,7 +6,8 @@ be launched, and registers, spills, shared memory and matrix instructions are re
     python benchmarks/compile_gate.py                      # all architectures and shapes, a table
     python benchmarks/compile_gate.py --check              # and fail where compile_limits.json is exceeded
     python benchmarks/compile_gate.py --update             # write what was found as the new limits
-    python benchmarks/compile_gate.py --arch 90 --cases '*-bf16-D128-q64'
+    python benchmarks/compile_gate.py --arch 90 --cases '*-bf16-D128-q64' --kernels 'key_*'
+    python benchmarks/compile_gate.py --candidates --check # the other rows that tuning on request may choose
 
 The limits are exact for the Triton that wrote them; with another one only the hardware's bounds are checked.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import json
 import re
 import subprocess
@@ -37,6 +39,8 @@ ARCHITECTURES: tuple[int | str, ...] = (80, 89, 90, 100, 120, "gfx942")
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
 # What the committed limits say of each kernel; registers are there to be read, they are no limit.
 COLUMNS = ["registers", "spilled_bytes", "shared_bytes", "matrix_instructions"]
+# What a candidate of tuning may spill, a quarter of a thread's registers: it is timed, not taken on trust.
+CANDIDATE_SPILL = 256
 MATRIX_INSTRUCTIONS = r"wgmma\.mma_async|tcgen05\.mma|(?<![.\w])mma\.sync|v_mfma|v_smfmac"
 
 
@@ -208,10 +212,23 @@ def measure(compiled: Any, arch: int | str) -> dict[str, int]:
     )
 
 
-def rows_of(case: Case) -> list[Row]:
-    """One row for each different kernel of a case."""
+def rows_of(case: Case, kernels: str, candidates: bool) -> list[Row]:
+    """One row for each different kernel of a case, or for each of its candidates but the first, which is the kernel."""
+    from sla_compile.kernels import autotune
+
+    found = [
+        (kernel, arguments)
+        for kernel, arguments in launches(case)
+        if fnmatch.fnmatch(kernel.fn.__name__.removesuffix("_kernel"), kernels)
+    ]
+    if candidates:
+        found = [
+            (kernel, {**arguments, **row})
+            for kernel, arguments in found
+            for row in autotune.candidates(kernel, arguments)[1:]
+        ]
     rows = {}
-    for kernel, arguments in launches(case):
+    for kernel, arguments in found:
         name = kernel.fn.__name__.removesuffix("_kernel")
         # The kernels that take the map in either direction are compiled for contiguous rows and columns.
         direction = [key for key in ("stride_list", "stride_row") if key in arguments]
@@ -227,11 +244,17 @@ def rows_of(case: Case) -> list[Row]:
     return list(rows.values())
 
 
-def complaints(row: Row, arch: int | str, limits: dict[str, Any]) -> list[str]:
-    """What is wrong with a row: more shared memory than there is, or worse than the limits of this Triton."""
+def complaints(row: Row, arch: int | str, limits: dict[str, Any], candidate: bool) -> list[str]:
+    """What is wrong with a row: more shared memory than there is, or worse than the limits of this Triton.
+
+    A candidate has no limits of its own, but one spill for all.
+    """
     found = []
     if row.shared_bytes > SHARED_MEMORY[arch]:
         found.append(f"needs {row.shared_bytes} bytes of shared memory, sm has {SHARED_MEMORY[arch]}")
+    if candidate:
+        spills = row.spilled_bytes > CANDIDATE_SPILL
+        return [*found, f"spills {row.spilled_bytes} bytes, more than {CANDIDATE_SPILL}"] if spills else found
     values = limits["rows"].get(f"{row.case} {row.kernel}")
     if limits["triton"] != triton.__version__:
         return found
@@ -250,6 +273,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=[str(arch) for arch in ARCHITECTURES])
     parser.add_argument("--cases", default="*", help="pattern of case names, such as '*-bf16-D128-*'")
+    parser.add_argument("--kernels", default="*", help="pattern of kernel names, such as 'key_*'")
+    parser.add_argument("--candidates", action="store_true", help="the candidates of SLA_COMPILE_AUTOTUNE=1")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a limit is exceeded")
     parser.add_argument("--update", action="store_true", help="write the limits of the cases that ran")
     parser.add_argument("--jobs", type=int, default=1)
@@ -260,12 +285,15 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [case for case in shipped_cases(architectures) if fnmatch.fnmatch(str(case), options.cases)]
     if not chosen:
         parser.error(f"no case matches {options.cases!r}")
+    if options.update and options.candidates:
+        parser.error("--update writes the limits of what is launched, not of --candidates")
     if options.update and limits["triton"] != triton.__version__:
         limits = {"triton": triton.__version__, "rows": {}}
     failed = False
     print(f"{'case':32} {'kernel':20} {'regs':>4} {'spilled':>7} {'shared':>7} {'mma':>4} {'async':>5}  launch")
+    compiled = functools.partial(rows_of, kernels=options.kernels, candidates=options.candidates)
     with ProcessPoolExecutor(options.jobs) as pool:
-        for case, rows in zip(chosen, pool.map(rows_of, chosen), strict=True):
+        for case, rows in zip(chosen, pool.map(compiled, chosen), strict=True):
             for row in rows:
                 print(
                     f"{row.case:32} {row.kernel:20} {row.registers:4} {row.spilled_bytes:7} {row.shared_bytes:7} "
@@ -274,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
                 )
                 if options.update:
                     limits["rows"][f"{row.case} {row.kernel}"] = [getattr(row, name) for name in COLUMNS]
-                for complaint in complaints(row, case.arch, limits):
+                for complaint in complaints(row, case.arch, limits, options.candidates):
                     failed = True
                     print(f"    {row.kernel} {complaint}", flush=True)
     if options.update:

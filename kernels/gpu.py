@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sla_compile.kernels import autotune
 from sla_compile.kernels.backward import key_gradient_kernel, query_gradient_kernel
 from sla_compile.kernels.block_lists import block_lists_kernel
 from sla_compile.kernels.forward import forward_kernel
@@ -142,7 +143,10 @@ def select_blocks(scores: Tensor, critical: int, skipped: int, leading: int, tra
 
 def launch(kernel: Any, programs: int, **arguments: Any) -> None:
     """Launches `programs` programs of a kernel."""
-    kernel[(programs,)](**arguments)
+    if autotune.asked():
+        autotune.launch(kernel, programs, arguments)
+    else:
+        kernel[(programs,)](**arguments)
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,13 @@ CASES = [
     Case(magnitude=30.0, dtype="fp16", linear="all"),
     Case(wide=True, dtype="fp16", layout="packed"),
     Case(shipped=True, dim=16, length=100),
+    # The other tiles that tuning may choose; the candidates that differ in warps and stages look the same here.
+    Case(candidate=1, dtype="fp16", block_q=128, length=150),
+    Case(candidate=2, dtype="bf16", block_q=128, length=150, arch=89),
+    Case(candidate=1, dtype="fp16", dim=128, length=70, heads=1, kv_heads=1, arch=89),
+    Case(candidate=1, dtype="bf16", dim=80, length=70, heads=1, kv_heads=1, arch="gfx942"),
+    Case(candidate=1, dtype="fp16", heads=4, alpha="block", mask="keys", length=100, chunk_bytes=1),
+    Case(candidate=1, dtype="fp16", low_bit="fp8", linear="none", length=100, arch=89),
 ]
 
 
