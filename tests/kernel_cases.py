@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+TF32_EPS = 2.0**-10
 NAMES = ("output", "logsumexp", "grad_query", "grad_key", "grad_value", "grad_weight", "grad_bias")
 
 
@@ -216,7 +217,9 @@ def run(case: Case, device: str) -> dict[str, float]:
         oracle, slack = low_bit_evaluate(
             inputs, grad.double(), classes, spec, key_biases, mean, smoothing, torch.float64
         )
-        eager, _ = low_bit_evaluate(inputs, grad, classes, spec, key_biases, mean, smoothing, query.dtype)
+        eager, _ = low_bit_evaluate(
+            inputs, grad, classes, spec, key_biases, mean, smoothing, query.dtype, tensor_cores=True
+        )
 
     on_device = [None if tensor is None else moved(tensor, device) for tensor in inputs]
     options = dict(
@@ -264,7 +267,12 @@ def run(case: Case, device: str) -> dict[str, float]:
     sizes = [0.0, 1.0, size, size, size, 0.0, 0.0, size]
     swayed = grad.double().norm(dim=-1) * slack.norm(dim=-1)  # of <dO, O>, where a probability was all but a tie
     rounded += factor * swayed.max().item()
-    extra = [slack, 0.0, rounded, rounded, 0.0, 0.0, 0.0, 0.0]
+    # Tensor cores drop the low bits of tf32 operands. The projection's gradient comes of five of them, one after
+    # another: phi(Q) / (phi(Q) Z), dH, its sums, phi(K) and dV'.
+    truncated = 0.0
+    if query.dtype == torch.float16 and oracle[5] is not None:
+        truncated = 5 * TF32_EPS * oracle[5].abs().max().item()
+    extra = [slack, 0.0, rounded, rounded, 0.0, truncated, 0.0, 0.0]
     if alpha is not None:
         # The gradient to alpha comes of the rounded O, too, over alpha. Its logit gets alpha (1 - alpha) times as much.
         results[-1], oracle[-1], eager[-1] = (alpha * found[-1].cpu() for found in (results, oracle, eager))
@@ -317,13 +325,13 @@ def check_operands(inputs: list[Tensor | None], classes: Tensor, spec: Any, opti
     from sla_compile.kernels import gpu, quantize
     from sla_compile.kernels.smoothing import token_mean
 
-    bias = options["key_bias"]
-    key, value = inputs[1:3]
-    mean = token_mean(key, bias)
-    scales = quantize.channel_scales(value, bias).contiguous() if spec.low_bit == "fp8" else None
+    mean = token_mean(inputs[1], options["key_bias"])
+    # The definition runs on the CPU: on a GPU PyTorch divides by a number as it multiplies by its inverse.
+    key, value, bias = (None if t is None else t.cpu() for t in (*inputs[1:3], options["key_bias"]))
+    scales = quantize.channel_scales(value, bias).contiguous().to(mean.device) if spec.low_bit == "fp8" else None
     call = gpu._call(*inputs[:3], classes, spec, *options.values())
-    low_key, key_scales, low_value = call.quantized(mean, scales)
-    expected, expected_scales = quantize.quantize_blocks(key, spec.block_k, mean=mean, key_bias=bias)
+    low_key, key_scales, low_value = (None if t is None else t.cpu() for t in call.quantized(mean, scales))
+    expected, expected_scales = quantize.quantize_blocks(key, spec.block_k, mean=mean.cpu(), key_bias=bias)
     length, dim = key.shape[2:]
     found = low_key.flatten(1, 2).unflatten(0, key.shape[:2])
     assert torch.equal(found[:, :, :length, :dim], expected), "int8 keys"
@@ -383,9 +391,11 @@ def serve() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import interpreter_bf16
     import interpreter_fp8
+    import interpreter_tensor_cores
 
     interpreter_bf16.install()
     interpreter_fp8.install()
+    interpreter_tensor_cores.install()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # torch.empty gives NaN and huge integers
     torch.utils.deterministic.fill_uninitialized_memory = True

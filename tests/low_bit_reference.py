@@ -9,19 +9,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PRODUCT_TERMS = 32  # of one instruction on E4M3
+SUM_BITS = 14
+
 
 def rows(per_block: Tensor, block: int, length: int) -> Tensor:
     """(B, H, T) for each block to (B, H, L, 1) for each token."""
     return per_block.repeat_interleave(block, 2)[:, :, :length, None]
 
 
+def e4m3_product(left: Tensor, right: Tensor, terms_per_sum: int) -> Tensor:
+    """(..., M, K) @ (..., K, N) of E4M3 numbers, added up as sm_90's tensor cores do.
+
+    An instruction shifts its terms, the sum so far among them, to the largest one's exponent and drops all but 14 bits;
+    after `terms_per_sum` terms a sum is added in float32.
+    """
+    total = torch.zeros(*left.shape[:-1], right.shape[-1], dtype=torch.float32)
+    for start in range(0, left.shape[-1], terms_per_sum):
+        part = torch.zeros_like(total)
+        for first in range(start, min(start + terms_per_sum, left.shape[-1]), PRODUCT_TERMS):
+            some = slice(first, first + PRODUCT_TERMS)
+            products = left[..., :, None, some] * right[..., some, :].transpose(-1, -2)[..., None, :, :]
+            terms = torch.cat([products.float(), part[..., None]], -1)
+            exponent = terms.abs().amax(-1, keepdim=True).frexp().exponent
+            unit = torch.ones(()).ldexp(exponent - SUM_BITS)
+            part = ((terms / unit).trunc() * unit).sum(-1)
+        total += part
+    return total
+
+
 def sparse_forward(
-    query: Tensor, key: Tensor, value: Tensor, classes: Tensor, spec: Any, bias: Tensor | None, mean: Tensor, dtype: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    classes: Tensor,
+    spec: Any,
+    bias: Tensor | None,
+    mean: Tensor,
+    dtype: Any,
+    tensor_cores: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """O_s and log-sum-exp of quantised operands, and by how much roundings of P that are all but ties may move O_s.
 
     query, key and value as given, H heads each; mean (B, H, D). dtype: float64 for the oracle; float16, bfloat16 or
-    float32 for what a kernel does, which keeps P, where it is not E4M3, and the output in that.
+    float32 for what a kernel does, which keeps P, where it is not E4M3, and the output in that. tensor_cores: E4M3
+    products are added up as they do it.
     """
     from sla_compile.kernels import quantize
 
@@ -48,7 +80,12 @@ def sparse_forward(
     else:
         low_value, value_scales = quantize.quantize_channels(value, key_bias=bias)
         dequantised = low_value.to(wide) * value_scales[:, :, None].to(wide)
-        output = quantize.quantize_probabilities(exponents).to(wide) @ dequantised * (inverse / quantize.FP8_MAX)
+        low_probabilities = quantize.quantize_probabilities(exponents)
+        if not tensor_cores:
+            output = low_probabilities.to(wide) @ dequantised * (inverse / quantize.FP8_MAX)
+        else:
+            product = e4m3_product(low_probabilities.float(), low_value.float(), spec.block_k)
+            output = product * value_scales[:, :, None].float() * (inverse / quantize.FP8_MAX)
         # A float32 score is off by some units in the last place, and P by that share.
         share = (
             8 * 2.0**-24 * max(1.0, scores[scores.isfinite()].abs().max().item() if scores.isfinite().any() else 1.0)
@@ -72,6 +109,8 @@ def low_bit_evaluate(
     mean: Tensor | None,
     smoothing: Tensor,
     dtype: torch.dtype,
+    *,
+    tensor_cores: bool = False,
 ) -> tuple[list[Any], Tensor]:
     """As kernel_cases.evaluate, with a low-bit forward and its backward in `dtype`; and sparse_forward's slack.
 
@@ -84,7 +123,9 @@ def low_bit_evaluate(
     kv_heads, length = key.shape[1], query.shape[2]
     group = query.shape[1] // kv_heads
     repeated = [tensor.repeat_interleave(group, 1) for tensor in (key, value, smoothing)]
-    sparse, logsumexp, slack = sparse_forward(query, *repeated[:2], classes, spec, bias, repeated[2], dtype)
+    sparse, logsumexp, slack = sparse_forward(
+        query, *repeated[:2], classes, spec, bias, repeated[2], dtype, tensor_cores
+    )
 
     leaves = [
         None if t is None else t.detach().to(dtype).requires_grad_() for t in (query, key, value, weight, proj_bias)
