@@ -78,10 +78,10 @@ class Inputs:
     """q, k and v as transposed (B, L, H, D), the parameters the method takes, none of them zero, and a gradient."""
 
     def __init__(self, shape: Shape, config: SLAConfig) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(shape.device).manual_seed(0)
 
         def draw(*sizes: int) -> Tensor:
-            return torch.randn(sizes, generator=generator).to(shape.device)
+            return torch.randn(sizes, generator=generator, device=shape.device)
 
         tokens = shape.batch, shape.length, shape.heads, shape.dim
         self.query, self.key, self.value, self.grad = (draw(*tokens).to(shape.dtype).transpose(1, 2) for _ in range(4))
@@ -168,7 +168,9 @@ def measure(
         if backward:
             call = _backward(contender.forward(), contender.leaves, grad)
             jobs.append(Job(contender.name, "backward", call, BACKWARD_PRODUCTS * contender.operations))
-    return time_jobs(jobs, shape.length, shape.device, _peak(shape.dtype, shape.device), repeats, f"{shape}", console)
+    return time_jobs(
+        jobs, shape.length, shape.device, peak_operations(shape.dtype, shape.device), repeats, f"{shape}", console
+    )
 
 
 def measure_model(
@@ -222,7 +224,7 @@ def time_jobs(
         for taken, job in zip(times, jobs, strict=True):
             if flush is not None:
                 flush.zero_()
-            taken.append(_milliseconds(job.call, device))
+            taken.append(milliseconds(job.call, device))
     medians = [statistics.median(taken) for taken in times]
     rows = []
     for job, taken, p50, mebibytes in zip(jobs, times, medians, memory, strict=True):
@@ -245,7 +247,8 @@ def _backward(output: Tensor, leaves: tuple[Tensor, ...], grad: Tensor) -> Calla
     return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
 
 
-def _milliseconds(job: Callable[[], object], device: torch.device) -> float:
+def milliseconds(job: Callable[[], object], device: torch.device) -> float:
+    """Of one call: the GPU's time from event to event, process time on the CPU."""
     if device.type != "cuda":
         began = time.process_time()
         job()
@@ -271,11 +274,11 @@ def _peak_memory(job: Callable[[], object], device: torch.device) -> float | Non
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _peak(dtype: torch.dtype, device: torch.device) -> float:
+def peak_operations(dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of a large square matrix product in the same dtype, measured now."""
     size = PEAK_SIZE[device.type != "cuda"]
     left, right = torch.randn(2, size, size, device=device).to(dtype).unbind(0)
-    return 2 * size**3 / (1e-3 * min(_milliseconds(lambda: left @ right, device) for _ in range(6)))
+    return 2 * size**3 / (1e-3 * min(milliseconds(lambda: left @ right, device) for _ in range(6)))
 
 
 def environment(device: torch.device) -> dict[str, str]:

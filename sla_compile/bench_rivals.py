@@ -37,11 +37,11 @@ def contenders(
     def add(name: str, leaves: tuple[Tensor, ...], forward: Callable[[], Tensor], operations: float) -> None:
         try:
             with torch.set_grad_enabled(backward):
-                forward()
+                output = forward()
+            if backward:
+                torch.autograd.grad(output, leaves, inputs.grad)
         except Exception as error:  # whatever a backend, a compiler or somebody else's code raises
-            missing.append(
-                f"{name}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
-            )
+            missing.append(_reason(name, error))
         else:
             found.append(Contender(name, leaves, forward, operations))
 
@@ -51,8 +51,7 @@ def contenders(
     else:
         add("dense", inputs.tokens, _dense(inputs, None), dense)
     # Not through `add`: that ours fails is an error of the run.
-    leaves = (*inputs.tokens, *inputs.parameters.values())
-    found.append(Contender(OURS, leaves, lambda: inputs.attention(config), our_operations(shape, config)))
+    found.append(ours(shape, config, inputs))
     if flex:
         sparse = SLAConfig(
             sparsity=config.sparsity,
@@ -68,22 +67,19 @@ def contenders(
         found.append(Contender(OURS_SPARSE, inputs.tokens, alone, operations))
         add("flex_attention, same blocks", inputs.tokens, _flex(inputs, block_map, sparse, backward), operations)
     if peer is not None:
-        with _importable(peer):
-            module = importlib.import_module("sparse_linear_attention")
-        theirs = module.SparseLinearAttention(
-            head_dim=shape.dim, topk=1 - config.sparsity, feature_map=config.feature_map, BLKQ=64, BLKK=64
-        ).to(shape.device)
-        tokens = [tensor.detach().contiguous().requires_grad_() for tensor in inputs.tokens]
-        with torch.no_grad():
-            for parameter in theirs.parameters():
-                parameter.normal_(std=shape.dim**-0.5)
-        add(
-            f"thu-ml/SLA at {peer.name}",
-            (*tokens, *theirs.parameters()),
-            lambda: theirs(*tokens),
-            our_operations(shape, config),
-        )
+        name = f"thu-ml/SLA at {peer.name}"
+        try:
+            leaves, forward = _peer(shape, config, inputs, peer)
+        except Exception as error:  # whatever somebody else's code raises
+            missing.append(_reason(name, error))
+        else:
+            add(name, leaves, forward, our_operations(shape, config))
     return found, missing
+
+
+def ours(shape: Shape, config: SLAConfig, inputs: Inputs, name: str = OURS) -> Contender:
+    leaves = (*inputs.tokens, *inputs.parameters.values())
+    return Contender(name, leaves, lambda: inputs.attention(config), our_operations(shape, config))
 
 
 def _dense(inputs: Inputs, backend: SDPBackend | None) -> Callable[[], Tensor]:
@@ -111,6 +107,28 @@ def _flex(inputs: Inputs, block_map: Tensor, config: SLAConfig, backward: bool) 
     # On the CPU it refuses whatever requires a gradient.
     tokens = inputs.tokens if backward else tuple(tensor.detach() for tensor in inputs.tokens)
     return lambda: compiled(*tokens, block_mask=mask)
+
+
+def _peer(
+    shape: Shape, config: SLAConfig, inputs: Inputs, folder: Path
+) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
+    """The authors' module: what its backward differentiates, and its forward."""
+    with _importable(folder):
+        module = importlib.import_module("sparse_linear_attention")
+    theirs = module.SparseLinearAttention(
+        head_dim=shape.dim, topk=1 - config.sparsity, feature_map=config.feature_map, BLKQ=64, BLKK=64
+    ).to(shape.device)
+    tokens = [tensor.detach().contiguous().requires_grad_() for tensor in inputs.tokens]
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=shape.dim**-0.5)
+    return (*tokens, *theirs.parameters()), lambda: theirs(*tokens)
+
+
+def _reason(name: str, error: Exception) -> str:
+    """The first line of what an error says."""
+    said = str(error).strip().splitlines()
+    return f"{name}: {said[0] if said else type(error).__name__}"
 
 
 @contextmanager

@@ -64,17 +64,25 @@ def test_low_bit_gate_takes_quantised_numbers() -> None:
     assert bench.check(shape, SLAConfig(low_bit="int8")) is None
 
 
-def test_a_rival_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_rival_that_fails_is_named(
+    direction: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     from sla_compile import bench_rivals
 
-    def broken(*_):
-        def forward():
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tokens):
+            if direction == "forward":
+                raise RuntimeError("no such thing here\nand more")
+            return tokens.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
             raise RuntimeError("no such thing here\nand more")
 
-        return forward
-
-    monkeypatch.setattr(bench_rivals, "_flex", broken)
-    assert main(["bench", "--length", "128", "--flex", *SMALL]) == 0
+    monkeypatch.setattr(bench_rivals, "_flex", lambda inputs, *_: lambda: Broken.apply(inputs.query))
+    assert main(["bench", "--length", "128", "--flex", "--backward", *SMALL]) == 0
     out = capsys.readouterr().out
     assert "not here: flex_attention, same blocks: no such thing here" in out
     assert bench_rivals.OURS_SPARSE in out
