@@ -47,7 +47,8 @@ def sparse_forward(
     bias: Tensor | None,
     mean: Tensor,
     dtype: Any,
-    tensor_cores: bool,
+    *,
+    tensor_cores: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """O_s and log-sum-exp of quantised operands, and by how much roundings of P that are all but ties may move O_s.
 
@@ -124,7 +125,7 @@ def low_bit_evaluate(
     group = query.shape[1] // kv_heads
     repeated = [tensor.repeat_interleave(group, 1) for tensor in (key, value, smoothing)]
     sparse, logsumexp, slack = sparse_forward(
-        query, *repeated[:2], classes, spec, bias, repeated[2], dtype, tensor_cores
+        query, *repeated[:2], classes, spec, bias, repeated[2], dtype, tensor_cores=tensor_cores
     )
 
     leaves = [
