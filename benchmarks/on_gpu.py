@@ -95,8 +95,8 @@ class Session:
             bench.draw(group, self.output / f"{name}.png", f"{name}, {constants['device']}, torch {constants['torch']}")
 
     def write(self) -> None:
-        kept = {**self.results, "environment": bench.environment(self.device), "failed": self.failed}
-        (self.output / "results.json").write_text(json.dumps(kept, indent=1))
+        about = {"environment": bench.environment(self.device), "summary": self.summary, "failed": self.failed}
+        (self.output / "results.json").write_text(json.dumps({**self.results, **about}, indent=1))
 
 
 def label(config: SLAConfig) -> str:

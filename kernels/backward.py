@@ -147,8 +147,10 @@ def query_gradient_kernel(
     accumulator = tl.zeros([TILE_Q, DIMS], tl.float32)
     STEPS: tl.constexpr = BLOCK_K // TILE_K
     whole = count * STEPS - ragged_steps(entries_ptr, count, key_blocks, length, BLOCK_K, STEPS)
+    key_block = tl.load(entries_ptr, mask=whole > 0, other=0)  # NOTE [Prefetch]
     for step in range(0, whole):
-        start = tl.load(entries_ptr + step // STEPS) * BLOCK_K + step % STEPS * TILE_K
+        start = key_block * BLOCK_K + step % STEPS * TILE_K
+        key_block = tl.load(entries_ptr + (step + 1) // STEPS, mask=step + 1 < whole, other=0)
         accumulator = query_step(
             accumulator, query, grad_output, logsumexp_log2, delta, key_ptr, value_ptr, key_bias_ptr, stride_key_token,
             stride_key_dim, stride_value_token, stride_value_dim, stride_bias_token, start, length, scale_log2,
@@ -327,8 +329,10 @@ def key_gradient_kernel(
         head_grad_ptr = grad_output_ptr + tl.cast(member, tl.int64) * stride_grad_head
         head_logsumexp_ptr = logsumexp_ptr + (first_head + member).to(tl.int64) * length
         head_delta_ptr = delta_ptr + (local * group + member).to(tl.int64) * length
+        query_block = tl.load(list_ptr, mask=count > 0, other=0)  # NOTE [Prefetch]
         for step in range(0, count * STEPS):
-            first = tl.load(list_ptr + step // STEPS) * BLOCK_Q + step % STEPS * TILE_Q
+            first = query_block * BLOCK_Q + step % STEPS * TILE_Q
+            query_block = tl.load(list_ptr + (step + 1) // STEPS, mask=step + 1 < count * STEPS, other=0)
             grad_key, grad_value = key_step(
                 grad_key, grad_value, key, value, bias_log2, head_grad_ptr, head_query_ptr, head_logsumexp_ptr,
                 head_delta_ptr, stride_grad_token, stride_grad_dim, stride_query_token, stride_query_dim,

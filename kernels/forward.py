@@ -1,4 +1,9 @@
-"""The forward kernel: exact attention over a query block's critical keys, and the linear branch as its epilogue."""
+"""The forward kernel: exact attention over a query block's critical keys, and the linear branch as its epilogue.
+
+NOTE [Prefetch]: the sparse loops load the entry of the next step themselves, a step ahead. Were it loaded in its own
+step, the compiler's pipeline would spend half of its stages on it, and a loop would wait for the copies of keys and
+values that it has just issued.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +81,9 @@ def attend(
     probabilities = tl.exp2(scores - reference[:, None])
     rescale = tl.exp2(maximum - reference)
     if LOW_BIT == "fp8":
-        low_value_ptr += tl.cast(start // BLOCK_K, tl.int64) * BLOCK_K * DIMS + start % BLOCK_K
+        # Not `start % BLOCK_K`: of a remainder the compiler does not know what divides it, and would load single bytes.
+        block_start = start // BLOCK_K * BLOCK_K
+        low_value_ptr += tl.cast(block_start, tl.int64) * DIMS + (start - block_start)
         value = load_tile(low_value_ptr, 0, 0, BLOCK_K, 0, 1, DIMS, TILE_K, TILE_K, False, False)  # (DIMS, TILE_K)
         # sm_90 adds up E4M3 products with 14 bits: only those of one step.
         accumulator = tl.dot(
@@ -217,8 +224,10 @@ def forward_kernel(
     total = tl.zeros([TILE_Q], tl.float32)
     STEPS: tl.constexpr = BLOCK_K // TILE_K
     whole = count * STEPS - ragged_steps(entries_ptr, count, key_blocks, length, BLOCK_K, STEPS)
+    key_block = tl.load(entries_ptr, mask=whole > 0, other=0)  # NOTE [Prefetch]
     for step in range(0, whole):
-        start = tl.load(entries_ptr + step // STEPS) * BLOCK_K + step % STEPS * TILE_K
+        start = key_block * BLOCK_K + step % STEPS * TILE_K
+        key_block = tl.load(entries_ptr + (step + 1) // STEPS, mask=step + 1 < whole, other=0)
         accumulator, maximum, total = attend(
             accumulator, maximum, total, query, key_ptr, value_ptr, key_bias_ptr, low_key_ptr, key_scales_ptr,
             low_value_ptr, stride_key_token, stride_key_dim, stride_value_token, stride_value_dim, stride_bias_token,

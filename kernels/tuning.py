@@ -121,15 +121,15 @@ _PLANS: dict[tuple[str, int], dict[str, _Row]] = {
     },
     ("mma", 256): {
         "forward": (128, 16, 32, 8, 3),
-        "query_gradient": (128, 16, 0, 8, 3),
-        "key_gradient": (16, 64, 0, 4, 3),
+        "query_gradient": (128, 16, 0, 8, 2),
+        "key_gradient": (16, 64, 0, 4, 2),
         "query_linear": (64, 0, 32, 8, 2),
         "key_linear": (0, 64, 16, 8, 2),
         "summaries": (0, 32, 32, 8, 2),
         "block_sums": (128, 32, 128, 8, 3),
     },
     ("mma", 512): {
-        "forward": (64, 32, 32, 8, 3),
+        "forward": (64, 32, 32, 8, 2),
         "query_gradient": (64, 16, 0, 4, 3),
         "key_gradient": (16, 64, 0, 8, 3),
         "query_linear": (32, 0, 32, 8, 2),
@@ -165,6 +165,8 @@ _PLANS: dict[tuple[str, int], dict[str, _Row]] = {
         "block_sums": (64, 32, 128, 4, 1),
     },
 }
+# Query blocks of 64, where the row above, cut to them, leaves a multiprocessor room for one program of 4 warps.
+_SMALL_BLOCKS: dict[tuple[str, int], dict[str, _Row]] = {("wgmma", 256): {"query_gradient": (64, 32, 0, 4, 3)}}
 # The forward, where a low-bit one does not take the row above, by low_bit as well.
 _LOW_BIT_FORWARD: dict[tuple[str, int, str], _Row] = {("wgmma", 256, "fp8"): (128, 64, 16, 8, 3)}
 # float32 inputs are multiplied without tensor cores: one row for all architectures.
@@ -224,6 +226,8 @@ def plan(dims: int, itemsize: int, block_q: int, block_k: int, target: Target, l
     """Launches for heads of `dims` padded columns and elements of `itemsize` bytes."""
     row_bytes = max(128, dims * itemsize)
     rows = _FLOAT32_PLANS[row_bytes] if itemsize == 4 else _PLANS[target.kind, row_bytes]
+    if itemsize == 2 and block_q == 64:
+        rows = {**rows, **_SMALL_BLOCKS.get((target.kind, row_bytes), {})}
     launches = {}
     for kernel, (tile_q, tile_k, slice_, warps, stages) in rows.items():
         if kernel == "forward" and low_bit != "none" and itemsize == 2:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-GATE = Path(__file__).parent.parent / "benchmarks" / "compile_gate.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.mark.parametrize(
@@ -24,12 +24,17 @@ GATE = Path(__file__).parent.parent / "benchmarks" / "compile_gate.py"
     ],
 )
 def test_kernels_compile_within_the_limits(arch: str, cases: str, options: list[str]) -> None:
+    check("compile_gate.py", "--arch", arch, "--cases", cases, *options)
+
+
+def test_sparse_loops_copy_ahead_in_wide_pieces() -> None:
+    check("loop_instructions.py", "--arch", "90", "--cases", "90-bf16-D64-q64", "90-bf16-D64-q64-fp8")
+
+
+def check(script: str, *options: str) -> None:
     # A process of its own: where TRITON_INTERPRET is set, nothing compiles.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run(
-        [sys.executable, GATE, "--check", "--arch", arch, "--cases", cases, *options],
-        capture_output=True,
-        text=True,
-        env=environment,
+        [sys.executable, BENCHMARKS / script, "--check", *options], capture_output=True, text=True, env=environment
     )
     assert found.returncode == 0, found.stdout + found.stderr
