@@ -59,12 +59,12 @@ def forward(
     batch, heads, length, dim = query.shape
     kv_heads, group = key.shape[1], heads // key.shape[1]
     spec = Spec(scale, feature_map, linear, block_q, block_k)
-    rows, columns = _padded_blocks(length, block_q), _padded_blocks(length, block_k)
+    rows, columns = padded_blocks(length, block_q), padded_blocks(length, block_k)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     bias = key_bias(key_padding_mask, batch, length)
 
-    queries = _blocks(query.to(dtype), block_q, rows)
-    keys, values = (_blocks(tokens.to(dtype), block_k, columns) for tokens in (key, value))
+    queries = blocks(query.to(dtype), block_q, rows)
+    keys, values = (blocks(tokens.to(dtype), block_k, columns) for tokens in (key, value))
     pinned = (pinned_first, pinned_last) if block_map is None else (0, 0)
     if block_map is None:
         block_map = route(
@@ -173,12 +173,12 @@ def route(
     return torch.where((pinned_columns | pinned_rows[:, None]) & ~past, 1, block_map)
 
 
-def _padded_blocks(length: int, block: int) -> int:
+def padded_blocks(length: int, block: int) -> int:
     """Number of blocks to pad the length to: see NOTE [One block more]."""
     return num_blocks(length, block) if isinstance(length, int) else length // block + 2
 
 
-def _blocks(tokens: Tensor, block: int, count: int) -> Tensor:
+def blocks(tokens: Tensor, block: int, count: int) -> Tensor:
     """(B, H, L, D) padded with zeros to (B, H, count, block, D)."""
     batch, heads, length, dim = tokens.shape
     if not (isinstance(length, int) and length == count * block):

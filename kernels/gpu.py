@@ -22,6 +22,7 @@ from sla_compile.kernels.selection import select_kernel
 from sla_compile.kernels.smoothing import token_mean
 from sla_compile.kernels.spec import MIN_ALPHA, MIN_DENOMINATOR, Spec, num_blocks
 from sla_compile.kernels.summaries import block_sums_kernel, state_size, summaries_kernel
+from sla_compile.kernels.symbolic import largest, padded_to
 from sla_compile.kernels.tuning import Plan, plan, target_of
 
 # Bound on what a call allocates besides its results: heads are processed in chunks that stay below it.
@@ -142,8 +143,10 @@ def select_blocks(scores: Tensor, critical: int, skipped: int, leading: int, tra
 
 
 def launch(kernel: Any, programs: int, **arguments: Any) -> None:
-    """Launches `programs` programs of a kernel."""
-    if autotune.asked():
+    """Launches `programs` programs of a kernel; where a compiler traces, it gets the launch and sees the kernel."""
+    if torch.compiler.is_compiling():
+        torch.library.wrap_triton(kernel)[(programs,)](**arguments)
+    elif autotune.asked():
         autotune.launch(kernel, programs, arguments)
     else:
         kernel[(programs,)](**arguments)
@@ -190,8 +193,11 @@ class _Call:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
 
     def chunks(self, *, backward: bool) -> Iterator[_Call]:
-        """The call in pieces whose transient tensors take at most TRANSIENT_BYTES, or one head if that takes more."""
-        rows, columns = self.block_map.shape[2:]
+        """The call in pieces whose transient tensors take at most TRANSIENT_BYTES, or one head if that takes more.
+
+        Under a symbolic length the pieces are those of the largest one.
+        """
+        rows, columns = map(largest, self.block_map.shape[2:])
         lists = self.group * rows * columns * (2 if backward else 1)
         states = 0
         if self.spec.linear != "none":
@@ -203,6 +209,14 @@ class _Call:
         if self.spec.low_bit != "none" and not backward:
             transient += 2 * columns * self.spec.block_k * self.low_bit_dims
         step = max(1, TRANSIENT_BYTES // max(1, transient))
+        if isinstance(self.units, torch.SymInt):
+            if largest(self.units) > step:
+                raise NotImplementedError(
+                    f"a dynamic batch is one piece of work, of at most {step} heads at the largest length: bound the "
+                    "dimensions of batch and length (torch.export.Dim(..., max=...)), or export a static batch"
+                )
+            yield self
+            return
         for start in range(0, self.units, step):
             yield replace(self, start=start, units=min(step, self.units - start))
 
@@ -386,9 +400,11 @@ class _Call:
         if self.spec.linear == "none":
             return None
         rows, columns = self.block_map.shape[2:]
-        slots = columns if self.spec.linear == "marginal" else min(columns, PARTIAL_SUMS)
-        slot_blocks = num_blocks(columns, slots)
-        slots = num_blocks(columns, slot_blocks)
+        slots, slot_blocks = columns, 1
+        if self.spec.linear == "all":
+            most = largest(columns)
+            slots = num_blocks(most, num_blocks(most, PARTIAL_SUMS))
+            slot_blocks = num_blocks(columns, slots)
         states = self.empty(self.units, slots, state_size(self.head_dim), dtype=self.state_dtype)
         chosen = self.plan.summaries
         launch(
@@ -421,16 +437,17 @@ class _Call:
         A matrix product with the marginal mask. In bfloat16 torch's is the fastest there is; in float32 it would not
         run on tensor cores.
         """
+        members, shared = (self.group, 1) if columns else (1, self.group)
+        heads = self.units if columns else self.units * self.group
         if states.dtype == torch.bfloat16:
             marginal = self.marginal_mask(terms_per_block if columns else 1)
             if columns:
                 marginal = marginal.mT
-            return torch.bmm(marginal, states.view(self.units, -1, states.shape[2])).view(-1, rows, states.shape[2])
+            sums = torch.bmm(marginal, states.view(self.units, members * terms, states.shape[2]))
+            return sums.view(heads, rows, states.shape[2])
         strides = strides_of("", self.block_map, "batch", "head", "row", "term")
         if columns:
             strides["stride_row"], strides["stride_term"] = strides["stride_term"], strides["stride_row"]
-        members, shared = (self.group, 1) if columns else (1, self.group)
-        heads = self.units if columns else self.units * self.group
         sums = self.empty(heads, rows, states.shape[2], dtype=self.state_dtype)
         chosen = self.plan.block_sums
         launch(
@@ -448,9 +465,9 @@ class _Call:
         rows, columns = self.block_map.shape[2:]
         classes = self.block_map.flatten(0, 1)[self.start * self.group :][: self.units * self.group]
         # Rows are a multiple of 16 bytes apart: what the product reads at full width.
-        padded = self.empty(self.units, self.group * rows, repeats, -(-columns // 8) * 8, dtype=torch.bfloat16)
+        padded = self.empty(self.units, self.group * rows, repeats, padded_to(columns, 8), dtype=torch.bfloat16)
         mask = padded[..., :columns]
-        mask.copy_((classes == 0).view(self.units, -1, 1, columns).expand_as(mask))
+        mask.copy_((classes == 0).view(self.units, self.group * rows, 1, columns).expand_as(mask))
         return padded.flatten(1, 2)[..., :columns]
 
 
@@ -500,7 +517,7 @@ def _call(
             'not known to have them: use low_bit="none"'
         )
     chosen = plan(padded_dims(dim), query.element_size(), spec.block_q, spec.block_k, target, spec.low_bit)
-    units = batch * key.shape[1] if query.numel() else 0
+    units = batch * key.shape[1] if largest(query.numel()) else 0
     return _Call(
         query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean, chosen, 0, units
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
 
+from sla_compile.kernels.symbolic import known
 from sla_compile.kernels.tuning import MAX_TILE
 
 
@@ -38,6 +38,9 @@ def addressing(*tensors: Tensor) -> dict[str, Any]:
     WIDE: offsets inside a tile may pass 32 bits. ALIGN: a power of two, at most 16 bytes of elements, that divides the
     strides of batch, head and token.
     """
-    wide = any(MAX_TILE * tensor.stride(2) + tensor.shape[3] * tensor.stride(3) >= 2**31 for tensor in tensors)
-    align = math.gcd(16 // tensors[0].element_size(), *(stride for tensor in tensors for stride in tensor.stride()[:3]))
-    return {"WIDE": wide, "ALIGN": align}
+    narrow = all(known(MAX_TILE * tensor.stride(2) + tensor.shape[3] * tensor.stride(3) < 2**31) for tensor in tensors)
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    align = 16 // tensors[0].element_size()
+    while not all(known(stride % align == 0) for stride in strides):
+        align //= 2
+    return {"WIDE": not narrow, "ALIGN": align}

@@ -27,8 +27,7 @@ from sla_compile.kernels.spec import Spec
 IMPL_VERSION = 2
 
 
-@torch.library.custom_op("sla_compile::sparse_linear_attention", mutates_args=())
-def sparse_linear_attention_op(
+def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -65,6 +64,9 @@ def sparse_linear_attention_op(
         proj_bias=proj_bias,
         **_prepared(query, key, alpha, key_padding_mask, block_map, spec, routing),
     )
+
+
+sparse_linear_attention_op = torch.library.custom_op("sla_compile::sparse_linear_attention", forward, mutates_args=())
 
 
 @torch.library.custom_op("sla_compile::sparse_linear_attention_backward", mutates_args=())

@@ -2,8 +2,9 @@
 
 NOTE [Inlined ahead of time]
 An AOTInductor package runs without Python, where the operator cannot be called. So while AOTInductor traces, the
-operator is replaced by its decomposition, as torch does it with the bodies of triton ops. Anywhere else, under
-torch.export and torch.compile too, it stays one node, and runs in the kernels.
+operator is replaced, as torch does it with the bodies of triton ops: on CUDA by launches of its Triton kernels, on the
+CPU by its decomposition. Anywhere else, under torch.export and torch.compile too, it stays one node, and runs in the
+kernels.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 import sla_compile.ops  # noqa: F401  # registers the operator
+from sla_compile.export import visible
 from sla_compile.kernels import decomposed
 
 OP = torch.ops.sla_compile.sparse_linear_attention.default
@@ -52,8 +54,9 @@ def _is_ahead_of_time() -> bool:
 def _inline_ahead_of_time(mode: Any, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
     if not _is_ahead_of_time():
         return mode.__torch_dispatch__(op, types, args, kwargs)
+    body = visible.forward if args[0].device.type == "cuda" else decomposed.forward
     with mode:
-        return decomposed.forward(*args, **(kwargs or {}))
+        return body(*args, **(kwargs or {}))
 
 
 torch.library.register_torch_dispatch(OP.name(), FunctionalTensorMode, _inline_ahead_of_time)

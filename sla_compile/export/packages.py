@@ -27,8 +27,9 @@ def aoti(
 ) -> str:
     """Compiles an accelerated model to a package that runs from Python and from C++ without Python.
 
-    It is ``torch.export.export`` without gradients, then ``torch._inductor.aoti_compile_and_package``. The operator
-    becomes its decomposition: the package needs no sla_compile, on the CPU or on CUDA.
+    It is ``torch.export.export`` without gradients, then ``torch._inductor.aoti_compile_and_package``. On CUDA the
+    operator's Triton kernels are compiled into the package, on the CPU its decomposition is: either way the package
+    needs no sla_compile.
 
     Args:
         model: an accelerated module, in eval mode, or its ExportedProgram.
@@ -47,10 +48,10 @@ def aoti(
         raise ValueError(f"the path of an AOTInductor package must end in .pt2, got {os.fspath(path)!r}")
     program = exported(model, args, kwargs, dynamic_shapes)
     check_accelerated(program, "torch._inductor.aoti_compile_and_package")
+    # With "aot_inductor.package_cpp_only" a kernel's file has the kernel's name, and those of one name would be one.
+    options = {"triton.unique_user_kernel_names": True, **(inductor_configs or {})}
     with written_whole(path) as partial:
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=os.fspath(partial), inductor_configs=inductor_configs
-        )
+        torch._inductor.aoti_compile_and_package(program, package_path=os.fspath(partial), inductor_configs=options)
     return os.fspath(path)
 
 
