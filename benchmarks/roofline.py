@@ -54,10 +54,12 @@ def kernel_work(shape: Shape, config: SLAConfig, *, backward: bool) -> dict[str,
     of_rows, of_columns = heads * rows * state, heads * columns * state
     projected = config.has_projection
     lists = heads * rows * columns + 4 * blocks  # bytes of the map and its entries
+    select = Work(0, 5 * heads * rows * columns)  # scores, and a byte of the map
     keys_again = 2 * blocks * config.block_k * dim * item
     sums = Work(2 * heads * rows * columns * dim * (dim + 1), of_rows + of_columns)
     if not backward:
         return {
+            "select_kernel": select,
             "block_lists_kernel": Work(0, lists),
             "summaries_kernel": Work((1 + projected) * product, 2 * tokens + of_columns),
             "sums of states": sums,
@@ -65,6 +67,7 @@ def kernel_work(shape: Shape, config: SLAConfig, *, backward: bool) -> dict[str,
         }
     weights = 4 * heads * columns * dim**2 if projected else 0
     return {
+        "select_kernel": select,
         "block_lists_kernel": Work(0, 2 * lists),
         "summaries_kernel": Work((1 + projected) * product, 2 * tokens + of_columns),
         "sums of states": Work(2 * sums.operations, 2 * sums.memory),
