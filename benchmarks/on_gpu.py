@@ -2,6 +2,7 @@
 
     python benchmarks/on_gpu.py --output results                          # all steps, in at most 540 seconds
     python benchmarks/on_gpu.py --output results --steps ceilings kernels --budget 120
+    SLA_COMPILE_AUTOTUNE=1 python benchmarks/on_gpu.py --output tuned --steps attention kernels
     python benchmarks/on_gpu.py --output results --device cpu --small     # tries the script itself
 
 Steps: the kernels' tests on the device; ceilings, what the machine copies and multiplies; attention of Wan2.1's 1.3B
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from roofline import Ceilings, kernel_work
+from roofline import Ceilings, kernel_work  # makes an uninstalled checkout importable
 from torch.profiler import ProfilerActivity, profile
 
 from sla_compile import bench, bench_rivals
