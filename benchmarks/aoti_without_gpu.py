@@ -42,14 +42,24 @@ CUDA = Path(triton.__file__).parent / "backends" / "nvidia"
 class Case(nn.Module):
     """An attention of (batch, tokens, heads, dimension), 200 tokens in the example, up to 32768 in the package."""
 
-    def __init__(self, heads: int, kv_heads: int, dim: int, mask: bool = False, batch: int = 1, **options: Any):
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        dtype: torch.dtype = torch.bfloat16,
+        mask: bool = False,
+        batch: int = 1,
+        **options: Any,
+    ):
         super().__init__()
-        self.heads, self.kv_heads, self.dim, self.mask, self.batch = heads, kv_heads, dim, mask, batch
+        self.heads, self.kv_heads, self.dim, self.dtype = heads, kv_heads, dim, dtype
+        self.mask, self.batch = mask, batch
         self.config = SLAConfig(min_seq_len=1, **options)
 
     def inputs(self) -> tuple[Any, ...]:
         tokens = [
-            torch.empty(self.batch, 200, heads, self.dim, dtype=torch.bfloat16, device="cuda")
+            torch.empty(self.batch, 200, heads, self.dim, dtype=self.dtype, device="cuda")
             for heads in (self.heads, self.kv_heads, self.kv_heads)
         ]
         weight = torch.empty(self.dim, self.dim, device="cuda")
@@ -75,7 +85,7 @@ class Case(nn.Module):
 CASES = {
     "wan": Case(12, 12, 128),
     # Arguments that are 1 become constants of the kernels.
-    "one_head": Case(1, 1, 64, method="sla2", mask=True),
+    "one_head": Case(1, 1, 64, torch.float16, method="sla2", mask=True),
     "grouped_int8": Case(4, 2, 128, mask=True, batch=2, low_bit="int8"),
     "all_keys_fp8": Case(2, 1, 64, method="sla2", linear="all", low_bit="fp8"),
 }

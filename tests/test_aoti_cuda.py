@@ -38,6 +38,7 @@ def process(command, path, **environment):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ for what stands in for a device")
 def test_traced_programs(tmp_path, subtests):
     path = tmp_path / "traced.pt"

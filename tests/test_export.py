@@ -16,6 +16,7 @@ from export_cases import (
 )
 from graph_tools import OP, ops, targets
 from models import make_inputs
+from torch._dynamo.backends.common import aot_autograd
 from torch.export import export
 
 import sla_compile
@@ -191,7 +192,7 @@ def test_torch_compile_keeps_the_kernels():
         return graph_module.forward
 
     model = network()
-    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep)
+    backend = aot_autograd(fw_compiler=keep)
     with torch.no_grad():
         torch.compile(model, backend=backend, fullgraph=True)(*make_inputs(200))
     assert sum(targets(graph).count(OP) for graph in graphs) == 1
