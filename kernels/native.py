@@ -1,10 +1,18 @@
 """The CPU kernels in C: compiled at first use with the system's C compiler, as torch.compile does for the CPU.
 
 NOTE [Compiled on demand]
-`cpu_native.c` needs no header beyond the C library's and no library of torch, so it is built by one command for the
-processor at hand, kept in the user's cache folder under a digest of source, command and processor, and called through
-ctypes on float32 memory. It is 1.3 times as fast as the same work in PyTorch operations (forward, 8192 tokens, one
-thread: benchmarks/results). Without a compiler those run.
+`cpu_native.c` needs no header beyond the compiler's and no library of torch, so it is built by one command for the
+processor at hand, kept in the user's cache folder under a digest of sources, command and processor, and called through
+ctypes. Without a compiler PyTorch operations run, which are slower (benchmarks/results).
+
+NOTE [Operands of products]
+The library computes in float32, on tensors in float32. Where the processor multiplies bfloat16 (AVX512-BF16, twice the
+rate), it holds every function a second time, for tensors in bfloat16, whose products have bfloat16 operands.
+
+NOTE [Phases]
+A key-value head goes through phases, each a function of the library that works on a range of its blocks. Threads share
+the ranges of a phase, of several heads where there are, and wait for each other at its end. What is written does
+not depend on who writes it, nor do sums run over what threads happened to do: their number changes no result.
 """
 
 from __future__ import annotations
@@ -18,18 +26,23 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sla_compile.kernels.cpu_blocked import key_biases
 from sla_compile.kernels.cpu_blocks import thread_workspace
-from sla_compile.kernels.spec import MIN_DENOMINATOR, Spec
+from sla_compile.kernels.spec import MIN_DENOMINATOR, Spec, num_blocks
 
 _LOG = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("cpu_native.c")
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(_FOLDER / name for name in ("cpu_native.c", "cpu_native_bfloat16.c"))
+_READ = (*_SOURCES, _FOLDER / "cpu_matrix.h")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-w")
 _COMPILE_SECONDS = 120
 _FEATURE_MAPS = ("softmax", "elu", "relu")
@@ -37,15 +50,18 @@ _SCOPES = ("none", "marginal", "all")
 BLOCK_K = 64
 MAX_BLOCK_Q = 128
 MAX_DIM = 256
+PART = 8  # key blocks of a piece of sla_backward_linear
+TASKS = 8  # of a phase, for each thread
+STRIP = 8  # query blocks whose keys the backward goes through at a time, for each thread
 
 _POINTERS = (
     "query key value output logsumexp block_map weight offset key_bias key_weight alpha key_mean arena grad_output "
     "grad_query grad_key grad_value grad_weight grad_offset grad_alpha"
 ).split()
-_STRIDES = (
+_INTEGERS = (
     "query_head query_token key_token value_token output_head output_token map_head map_row alpha_head alpha_row "
     "grad_output_head grad_output_token grad_query_head grad_query_token grad_key_token grad_value_token "
-    "length dim group block_q"
+    "length dim group block_q most panels strip strip_first strip_last head"
 ).split()
 
 
@@ -54,10 +70,13 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _STRIDES),
+        *((name, ctypes.c_int64) for name in _INTEGERS),
         *((name, ctypes.c_int32) for name in ("feature_map", "linear")),
         *((name, ctypes.c_float) for name in ("scale", "epsilon", "min_denominator")),
     )
+
+
+_PHASE = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Call), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
 @functools.cache
@@ -74,8 +93,13 @@ def library() -> ctypes.CDLL | None:
         reason = output.decode(errors="replace").strip() if output else error
         _LOG.warning("%s cannot build the CPU kernels; PyTorch operations run, which are slower: %s", compiler, reason)
         return None
-    built.sla_arena.restype = ctypes.c_int64
     return built
+
+
+def operand_dtype(query: Tensor) -> torch.dtype:
+    """What the library multiplies: bfloat16 where query and processor have it, else float32."""
+    multiplies = query.dtype == torch.bfloat16 and hasattr(library(), "sla_sizes_bfloat16")
+    return torch.bfloat16 if multiplies else torch.float32
 
 
 def _compiler() -> str | None:
@@ -87,14 +111,15 @@ def _compiler() -> str | None:
 def _build(compiler: str) -> Path:
     """The shared library for this processor, from the cache or compiled now."""
     processor = [platform.system(), platform.machine(), sorted(torch.cpu.get_capabilities().items())]
-    digest = hashlib.sha256(f"{compiler} {_FLAGS} {processor}".encode() + _SOURCE.read_bytes()).hexdigest()[:16]
+    sources = b"".join(path.read_bytes() for path in _READ)
+    digest = hashlib.sha256(f"{compiler} {_FLAGS} {processor}".encode() + sources).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sla_compile"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     target = folder / f"cpu_native_{digest}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             built = Path(temporary) / target.name
-            command = [compiler, *_FLAGS, "-o", str(built), str(_SOURCE), "-lm"]
+            command = [compiler, *_FLAGS, "-o", str(built), *map(str, _SOURCES), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_SECONDS)
             os.replace(built, target)  # at once: other processes see all of it or nothing
     return target
@@ -128,10 +153,10 @@ def forward(
     key_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; arguments as of :func:`sla_compile.kernels.cpu_blocked.forward`."""
-    output = _transposed_empty(query)
+    output = _transposed_empty(query, operand_dtype(query))
     logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
     heads = _Heads(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean)
-    heads.run("sla_forward", dict(output=output), logsumexp)
+    heads.run(dict(output=output), logsumexp)
     return output.to(query.dtype), logsumexp
 
 
@@ -153,18 +178,17 @@ def backward(
     key_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients; arguments as of :func:`sla_compile.kernels.cpu_blocked.backward`."""
-    grads = [_transposed_empty(tensor) for tensor in (query, key, value)]
     heads = _Heads(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean)
+    grads = [_transposed_empty(tensor, heads.dtype) for tensor in (query, key, value)]
     units = query.shape[0] * key.shape[1]
-    # One sum of each unit, added in the end in their order: threads do not change the result.
     grad_weights, grad_offsets = (
-        None if parameter is None else torch.zeros(units, *parameter.shape)
+        None if parameter is None else torch.empty(units, *parameter.shape)
         for parameter in (heads.weight, heads.offset)
     )
     grad_alpha = None if alpha is None else torch.empty(block_map.shape[:3])
     names = ("grad_query", "grad_key", "grad_value")
-    tensors = dict(zip(names, grads, strict=True), grad_output=_readable(grad_output))
-    heads.run("sla_backward", tensors, logsumexp, grad_weights, grad_offsets, grad_alpha)
+    tensors = dict(zip(names, grads, strict=True), grad_output=_readable(grad_output, heads.dtype))
+    heads.run(tensors, logsumexp, grad_weights, grad_offsets, grad_alpha)
     grad_weight, grad_bias = (
         None if grad is None or parameter is None else grad.sum(0).to(parameter.dtype)
         for grad, parameter in ((grad_weights, proj_weight), (grad_offsets, proj_bias))
@@ -174,7 +198,7 @@ def backward(
 
 
 class _Heads:
-    """The arguments of a call in float32, and its key-value heads one after the other, or several on threads."""
+    """The arguments of a call, and its key-value heads going through the phases of the library."""
 
     def __init__(
         self,
@@ -191,11 +215,12 @@ class _Heads:
     ) -> None:
         if spec.linear != "none" and weight is None and alpha is None:
             raise ValueError(f'linear="{spec.linear}" needs proj_weight or alpha')
-        self.query, self.key, self.value = (_readable(tensor) for tensor in (query, key, value))
+        self.dtype = operand_dtype(query)
+        self.query, self.key, self.value = (_readable(tensor, self.dtype) for tensor in (query, key, value))
         self.block_map = block_map.contiguous()
         self.spec = spec
         projects = spec.linear != "none" and alpha is None
-        self.weight = weight.float().contiguous() if projects and weight is not None else None
+        self.weight = weight.to(self.dtype).contiguous() if projects and weight is not None else None
         self.offset = offset.float().contiguous() if projects and offset is not None else None
         self.alpha = None if alpha is None else alpha.float()
         self.key_mean = None if key_mean is None else key_mean.float().contiguous()
@@ -204,18 +229,17 @@ class _Heads:
 
     def run(
         self,
-        function: str,
         tensors: dict[str, Tensor],
         logsumexp: Tensor,
         grad_weight: Tensor | None = None,
         grad_offset: Tensor | None = None,
         grad_alpha: Tensor | None = None,
     ) -> None:
-        """Runs a function of the library on every key-value head.
+        """The forward or, with a tensor `grad_output`, the backward of every key-value head.
 
         Args:
             tensors: (B, heads, L, D) each, named as in `struct call`.
-            grad_weight, grad_offset: (B * H_kv, ...), added to.
+            grad_weight, grad_offset: (B * H_kv, ...).
         """
         built = library()
         if built is None:
@@ -244,7 +268,8 @@ class _Heads:
             ):
                 setattr(call, name, None if tensor is None else tensor.data_ptr())
             calls.append(call)
-        self._run(built, function, calls)
+        suffix = "_bfloat16" if self.dtype == torch.bfloat16 else ""
+        _run(lambda name, prototype: prototype((f"sla_{name}{suffix}", built)), calls)
 
     def _call(self, tensors: dict[str, Tensor], entry: int, kv_head: int) -> _Call:
         """The pointers and strides of tensors (B, heads, L, D) at a key-value head, and the scalars."""
@@ -254,7 +279,7 @@ class _Heads:
             head = kv_head * (tensor.shape[1] // self.key.shape[1])
             setattr(call, name, tensor[entry, head].data_ptr())
             setattr(call, f"{name}_token", tensor.stride(2))
-            if f"{name}_head" in _STRIDES:
+            if f"{name}_head" in _INTEGERS:
                 setattr(call, f"{name}_head", tensor.stride(1))
         call.map_head, call.map_row = self.block_map.stride()[1:3]
         if self.alpha is not None:
@@ -263,31 +288,73 @@ class _Heads:
         call.scale, call.epsilon, call.min_denominator = spec.scale, spec.epsilon, MIN_DENOMINATOR
         return call
 
-    def _run(self, built: ctypes.CDLL, function: str, calls: list[_Call]) -> None:
-        threads = min(torch.get_num_threads(), len(calls))
-        floats = max(built.sla_arena(ctypes.byref(call), int(function == "sla_backward")) for call in calls)
-        with thread_workspace(torch.float32) as workspace:
-            arenas = workspace("arena", threads, -(-floats // 16) * 16)
 
-            def work(slot: int) -> None:
-                for call in calls[slot::threads]:
-                    call.arena = arenas[slot].data_ptr()
-                    getattr(built, function)(ctypes.byref(call))
+def _run(function: Callable[[str, Any], Any], calls: list[_Call]) -> None:
+    """All phases of all calls, as many at once as there are threads, which is what memory is kept for."""
+    threads = torch.get_num_threads()
+    at_once = -(-len(calls) // -(-len(calls) // threads))
+    sizes = function("sizes", ctypes.CFUNCTYPE(None, ctypes.POINTER(_Call), *2 * [ctypes.POINTER(ctypes.c_int64)]))
+    shared, own = ctypes.c_int64(), ctypes.c_int64()
+    floats = []
+    for call in calls:
+        call.strip = STRIP * threads
+        sizes(call, shared, own)
+        floats.append([-(-count.value // 16) * 16 for count in (shared, own)])
+    with thread_workspace(torch.float32) as workspace, ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(threads)) if threads > 1 else None
+        arenas = workspace("arena", at_once, max(of_call for of_call, _ in floats))
+        scratch = workspace("scratch", threads, max(of_thread for _, of_thread in floats))
 
-            if threads == 1:
-                work(0)
-                return
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(work, range(threads)))
+        def work(slot: int) -> None:
+            for call, first, last in tasks:
+                phase(call, scratch[slot].data_ptr(), first, last)
+
+        for start in range(0, len(calls), at_once):
+            wave = calls[start : start + at_once]
+            for call, arena in zip(wave, arenas, strict=False):
+                call.arena = arena.data_ptr()
+            for name, first, last in _phases(wave):
+                phase = function(name, _PHASE)
+                step = last - first if pool is None else -(-(last - first) * len(wave) // (TASKS * threads))
+                tasks = iter(
+                    [(call, at, min(at + step, last)) for call in wave for at in range(first, last, max(step, 1))]
+                )
+                if pool is None:
+                    work(0)
+                else:
+                    list(pool.map(work, range(threads)))
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """In float32, with a head dimension that is contiguous."""
-    tensor = tensor.float()
+def _phases(calls: list[_Call]) -> Iterator[tuple[str, int, int]]:
+    """Function, first and last piece of each phase of calls of one size; sets what they have to know of it."""
+    call = calls[0]
+    rows, columns = num_blocks(call.length, call.block_q), num_blocks(call.length, BLOCK_K)
+    yield "pack_weight", 0, 1
+    yield "pack_keys", 0, columns
+    yield "total_states", 0, call.panels
+    if call.grad_output is None:
+        yield "forward_rows", 0, call.group * rows
+        return
+    for head in range(call.group):
+        for first in range(head * rows, (head + 1) * rows, call.strip):
+            last = min(first + call.strip, (head + 1) * rows)
+            for call in calls:
+                call.head, call.strip_first, call.strip_last = head, first, last
+            yield "backward_rows", first, last
+            yield "backward_keys", 0, columns
+        yield "total_gradients", 0, call.panels
+        yield "backward_linear", 0, num_blocks(columns, PART)
+    yield "unpack_keys", 0, columns
+    yield "unpack_weight", 0, 1
+
+
+def _readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In that dtype, with a head dimension that is contiguous."""
+    tensor = tensor.to(dtype)
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
-def _transposed_empty(like: Tensor) -> Tensor:
-    """Float32 of the tensor's (B, H, L, D), laid out as a contiguous (B, L, H, D)."""
+def _transposed_empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the tensor's (B, H, L, D), laid out as a contiguous (B, L, H, D)."""
     batch, heads, length, dim = like.shape
-    return torch.empty(batch, length, heads, dim).transpose(1, 2)
+    return torch.empty(batch, length, heads, dim, dtype=dtype).transpose(1, 2)

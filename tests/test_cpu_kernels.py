@@ -125,7 +125,7 @@ def check(case: Case) -> None:
     for name, result, exact, low, scale in zip(NAMES, results, oracle, eager, scales, strict=True):
         if result is None:
             continue
-        if name == "grad_weight" and cpu_blocked._dtypes(inputs[0])[1] == torch.bfloat16:
+        if name == "grad_weight" and cpu._kernels(inputs[0], spec).operand_dtype(inputs[0]) == torch.bfloat16:
             result = result.to(torch.bfloat16)  # as its terms were rounded
         finite = exact.isfinite()
         largest = exact[finite].abs().max().item() if finite.any() else 0.0
@@ -202,10 +202,12 @@ def test_parameters_keep_their_dtype(proj_dtype: str) -> None:
     check(Case(length=200, dim=32, proj_dtype=proj_dtype, bias=False, dtype="bf16"))
 
 
-@pytest.mark.parametrize("tiles", [True, False])
-def test_bfloat16_with_and_without_tiles(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to compute bfloat16, whatever this processor has."""
-    monkeypatch.setattr(cpu_blocked, "_has_bfloat16_tiles", lambda: tiles)
+@pytest.mark.parametrize("products", ["tiles", "pairs", "float32"])
+def test_bfloat16_in_all_products(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ways to compute bfloat16: what this processor has, AMX tiles whatever it has, and without either."""
+    monkeypatch.setattr(cpu_blocked, "_has_bfloat16_tiles", lambda: products == "tiles")
+    if products == "float32":
+        monkeypatch.setattr(native, "operand_dtype", lambda query: torch.float32)
     for case in (
         Case(length=300, dim=64, dtype="bf16", mask="row", batch=2),
         Case(length=256, dim=40, dtype="bf16", heads=4, layout="spread"),
@@ -214,7 +216,8 @@ def test_bfloat16_with_and_without_tiles(tiles: bool, monkeypatch: pytest.Monkey
         Case(length=200, dim=24, dtype="bf16", feature_map="relu", mask="additive", magnitude=4.0),
     ):
         inputs = draw(case)[0]
-        assert cpu_blocked._dtypes(inputs[0]) == (torch.float32, torch.bfloat16 if tiles else torch.float32)
+        operand = torch.bfloat16 if products == "tiles" else torch.float32
+        assert cpu_blocked._dtypes(inputs[0]) == (torch.float32, operand)
         check(case)
 
 

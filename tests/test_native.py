@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,6 @@ from torch import Tensor
 from sla_compile.kernels import cpu, native
 from sla_compile.kernels.routing import route
 from sla_compile.kernels.spec import Spec
-
-SPEC = Spec(0.2)
 
 
 @pytest.fixture
@@ -26,17 +26,25 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     native.library.cache_clear()
 
 
-def call(batch: int = 1) -> list[Tensor | None]:
-    """Output, log-sum-exp and gradients of a small call."""
+def call(
+    batch: int = 1, heads: int = 4, kv_heads: int = 4, dtype: torch.dtype = torch.float32, linear: str = "marginal"
+) -> list[Tensor | None]:
+    """Output, log-sum-exp and gradients of a small call, on values that bfloat16 has."""
     generator = torch.Generator().manual_seed(1)
     query, key, value, grad = (
-        torch.randn(batch, 300, 4, 32, generator=generator).transpose(1, 2) for _ in range(4)
-    )  # fmt: skip
+        torch.randn(batch, 700, count, 32, generator=generator).bfloat16().to(dtype).transpose(1, 2)
+        for count in (heads, kv_heads, kv_heads, heads)
+    )
     classes = route(query, key, scale=0.2, block_q=64, block_k=64, sparsity=0.6, negligible=0.2)
     parameters = dict(proj_weight=torch.eye(32), proj_bias=torch.ones(32))
-    output, logsumexp = cpu.forward(query, key, value, classes, SPEC, **parameters)
-    grads = cpu.backward(grad, query, key, value, output, logsumexp, classes, SPEC, **parameters)
+    spec = Spec(0.2, linear=linear)
+    output, logsumexp = cpu.forward(query, key, value, classes, spec, **parameters)
+    grads = cpu.backward(grad, query, key, value, output, logsumexp, classes, spec, **parameters)
     return [output, logsumexp, *grads]
+
+
+def equal(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
+    return all((one is None and two is None) or torch.equal(one, two) for one, two in zip(left, right, strict=True))
 
 
 def test_built_once(fresh: Path) -> None:
@@ -49,19 +57,73 @@ def test_built_once(fresh: Path) -> None:
     assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [written]
 
 
-def test_threads_change_nothing() -> None:
+@pytest.mark.parametrize("linear", ["marginal", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(1, 1, 1), (1, 4, 2), (3, 2, 2)], ids=["one", "shared", "several"])
+def test_threads_change_nothing(heads: tuple[int, int, int], dtype: torch.dtype, linear: str) -> None:
+    """More threads than heads, and fewer."""
     if native.library() is None:
         pytest.skip("no C compiler")
     threads = torch.get_num_threads()
+    found = []
     try:
-        torch.set_num_threads(1)
-        one = call(batch=2)
-        torch.set_num_threads(3)
-        several = call(batch=2)
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(call(*heads, dtype=dtype, linear=linear))
     finally:
         torch.set_num_threads(threads)
-    for left, right in zip(one, several, strict=True):
-        assert (left is None and right is None) or torch.equal(left, right)
+    assert equal(found[0], found[1]) and equal(found[0], found[2])
+
+
+def test_threads_share_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    workers: dict[str, set[int]] = {}
+    met = threading.Barrier(2)  # a task of the rows ends only when another thread has one, too
+
+    class Recorded:
+        def __init__(self, name_and_library: tuple[str, Any]) -> None:
+            self.name, self.phase = name_and_library[0], phase(name_and_library)
+
+        def __call__(self, *arguments: Any) -> None:
+            seen = workers.setdefault(self.name, set())
+            if "rows" in self.name and threading.get_ident() not in seen:
+                seen.add(threading.get_ident())
+                met.wait(timeout=60)
+            self.phase(*arguments)
+
+    phase = native._PHASE
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(native, "_PHASE", Recorded)
+    try:
+        torch.set_num_threads(2)
+        call(1, 1, 1)
+    finally:
+        torch.set_num_threads(threads)
+    assert {name: len(seen) for name, seen in workers.items() if seen} == {
+        "sla_forward_rows": 2,
+        "sla_backward_rows": 2,
+    }
+
+
+def test_bfloat16_products(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Used where the processor has them; without them bfloat16 is float32 of the same values, rounded in the end."""
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    query = torch.zeros(1, dtype=torch.bfloat16)
+    has = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    assert native.operand_dtype(query) == (torch.bfloat16 if has else torch.float32)
+    assert native.operand_dtype(query.half()) == native.operand_dtype(query.float()) == torch.float32
+    with_products = call(dtype=torch.bfloat16)
+    if has:
+        monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-mno-avx512bf16"))
+        native.library.cache_clear()
+    assert native.operand_dtype(query) == torch.float32
+    without = call(dtype=torch.bfloat16)
+    assert has != equal(with_products, without)
+    exact = call()
+    rounded = [tensor.bfloat16() if i in (0, 2, 3, 4) else tensor for i, tensor in enumerate(exact)]
+    assert equal(without, rounded)
 
 
 @pytest.mark.parametrize("reason", ["switched off", "compiler fails", "no folder"])

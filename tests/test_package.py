@@ -110,7 +110,9 @@ def test_wheel_contents(built, name, tmp_path):
     assert {entry for entry in names if entry.endswith(".py")} == set(modules)
     others = {entry.split("/", 1)[1] for entry in names if not entry.endswith(".py")}
     assert others == {
+        "kernels/cpu_matrix.h",
         "kernels/cpu_native.c",
+        "kernels/cpu_native_bfloat16.c",
         "py.typed",
         "METADATA",
         "WHEEL",
