@@ -272,15 +272,16 @@ static void pack_transposed(const element *from, int64_t stride, int64_t valid, 
     }
 }
 
-// The transpose of a square matrix in right form.
+// The transpose of a square matrix in right form: PAIR x PAIR values at once, which in both stand side by side.
 static void transpose(const word *from, int64_t size, word *to) {
-    const element *source = (const element *)from;
-    element *into = (element *)to;
-    for (int64_t p = 0; p < size; p += PANEL)
-        for (int64_t row = 0; row < size; row++)
-            for (int64_t i = 0; i < PANEL; i++)
-                into[row / PANEL * size * PANEL + (p + i) / PAIR * PAIR * PANEL + row % PANEL * PAIR + i % PAIR] =
-                    source[p * size + row / PAIR * PAIR * PANEL + i * PAIR + row % PAIR];
+    for (int64_t first = 0; first < size; first += PANEL)
+        for (int64_t column = first; column < first + PANEL; column += PAIR)
+            for (int64_t row = 0; row < size; row += PAIR) {
+                const element *source = (const element *)from + first * size + row * PANEL + (column - first) * PAIR;
+                element *into = (element *)to + row / PANEL * size * PANEL + column * PANEL + row % PANEL * PAIR;
+                for (int i = 0; i < PAIR; i++)
+                    for (int j = 0; j < PAIR; j++) into[i * PAIR + j] = source[j * PAIR + i];
+            }
 }
 
 // Floats (rows, dims) plus `other` (or null) into (valid, dim) of row stride `stride`.

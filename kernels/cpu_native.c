@@ -10,6 +10,8 @@
 
 #define BLOCK 64         // tokens of a key block
 #define MAX_QUERIES 128  // tokens of a query block, at most
+#define PAGE 1024        // values that are summed at a time
+#define STREAMS 8        // runs that are read at once: it is memory that limits their sum
 #define PART 8           // key blocks, or rows, whose gradients of W, or b, are summed by one task
 
 enum { SOFTMAX, ELU, RELU };
@@ -53,7 +55,7 @@ struct work {
     float *grad_sums, *grad_state_total, *grad_sum_total, *grad_keys, *grad_values, *weight_sums, *offset_sums;
     word *operand, *other, *query, *grad, *state;
     float *scores, *grad_scores, *query_features, *sum, *linear, *sparse, *scratch;
-    const void **list;
+    const word **list;
 };
 
 // What the backward keeps of a row until its strip's keys are done: the operands of dK and dV, in right form.
@@ -186,26 +188,40 @@ static inline __attribute__((always_inline)) void total_of(const void *from, int
     }
 }
 
+// Adds values `first` to `first + width` of `number` runs.
+static inline __attribute__((always_inline)) void add_runs(const word *const *runs, int64_t number, int64_t first,
+                                                           int64_t width, float *sums, int words) {
+    for (int64_t i = 0; i < width; i += PANEL) {
+        vec sum[2] = {load(sums + i), load(sums + i + LANES)}, value[2];
+        for (int64_t n = 0; n < number; n++) {
+            load_values(runs[n] + (words ? (first + i) / PAIR : first + i), words, value);
+            for (int v = 0; v < 2; v++) sum[v] += value[v];
+        }
+        for (int v = 0; v < 2; v++) store(sums + i + v * LANES, sum[v]);
+    }
+}
+
 // The sum of the runs of `size` values whose class is 0: by adding them or, where they are the majority, by subtracting
 // the others from the total, of which at least half is left. With `words` runs and sum are words in right form.
 static inline __attribute__((always_inline)) void selected_sum(const void *from, const float *total, int64_t size,
                                                                const int8_t *classes, int64_t class_step, int64_t count,
-                                                               const void **list, void *to, int words) {
+                                                               const word **list, void *to, int words) {
     int64_t stride = words ? size / PAIR : size, selected = 0, listed = 0;
     for (int64_t n = 0; n < count; n++) selected += classes[n * class_step] == 0;
     int most = 2 * selected > count;
     for (int64_t n = 0; n < count; n++)
         if ((classes[n * class_step] == 0) != most) list[listed++] = (const word *)from + n * stride;
-    for (int64_t at = 0; at < size; at += PANEL) {
-        int64_t index = words ? at / PAIR : at;
-        vec sum[2] = {splat(0), splat(0)}, value[2];
-        for (int64_t n = 0; n < listed; n++) {
-            load_values((const word *)list[n] + index, words, value);
-            for (int v = 0; v < 2; v++) sum[v] += value[v];
+    for (int64_t first = 0; first < size; first += PAGE) {
+        float sums[PAGE] = {0};
+        int64_t width = least(PAGE, size - first);
+        for (int64_t n = 0; n < listed; n += STREAMS)
+            add_runs(list + n, least(STREAMS, listed - n), first, width, sums, words);
+        for (int64_t i = 0; i < width; i += PANEL) {
+            vec sum[2] = {load(sums + i), load(sums + i + LANES)};
+            if (most)
+                for (int v = 0; v < 2; v++) sum[v] = load(total + first + i + v * LANES) - sum[v];
+            store_values((word *)to + (words ? (first + i) / PAIR : first + i), words, sum);
         }
-        if (most)
-            for (int v = 0; v < 2; v++) sum[v] = load(total + at + v * LANES) - sum[v];
-        store_values((word *)to + index, words, sum);
     }
 }
 
@@ -325,7 +341,7 @@ static const word *project(struct work *w, int64_t block) {
     return right_form(product, BLOCK, w->dims, w->other);
 }
 
-// phi(K) of a key block, and the factor of its tokens; weighted in w->scratch, where there are weights.
+// phi(K) of a key block times the factors of its tokens: in w->scratch, or as it is where there are none.
 static const float *weighted_features(struct work *w, const float *features, int64_t block) {
     const float *weights = w->call->key_weight;
     if (!weights) return features;

@@ -291,13 +291,14 @@ class _Heads:
 
 def _run(function: Callable[[str, Any], Any], calls: list[_Call]) -> None:
     """All phases of all calls, as many at once as there are threads, which is what memory is kept for."""
-    threads = torch.get_num_threads()
+    rows = calls[0].group * num_blocks(calls[0].length, calls[0].block_q)
+    threads = min(torch.get_num_threads(), rows * len(calls))
     at_once = -(-len(calls) // -(-len(calls) // threads))
     sizes = function("sizes", ctypes.CFUNCTYPE(None, ctypes.POINTER(_Call), *2 * [ctypes.POINTER(ctypes.c_int64)]))
     shared, own = ctypes.c_int64(), ctypes.c_int64()
     floats = []
     for call in calls:
-        call.strip = STRIP * threads
+        call.strip = min(STRIP * threads, rows)
         sizes(call, shared, own)
         floats.append([-(-count.value // 16) * 16 for count in (shared, own)])
     with thread_workspace(torch.float32) as workspace, ExitStack() as stack:
@@ -306,7 +307,7 @@ def _run(function: Callable[[str, Any], Any], calls: list[_Call]) -> None:
         scratch = workspace("scratch", threads, max(of_thread for _, of_thread in floats))
 
         def work(slot: int) -> None:
-            for call, first, last in tasks:
+            for call, first, last in tasks:  # shared by the threads: each takes the next
                 phase(call, scratch[slot].data_ptr(), first, last)
 
         for start in range(0, len(calls), at_once):
