@@ -12,7 +12,7 @@
 #define MAX_QUERIES 128  // tokens of a query block, at most
 #define PAGE 1024        // values that are summed at a time
 #define STREAMS 8        // runs that are read at once: it is memory that limits their sum
-#define PART 8           // key blocks, or rows, whose gradients of W, or b, are summed by one task
+#define PART 8           // key blocks whose gradients of W are summed by one task
 
 enum { SOFTMAX, ELU, RELU };
 enum { NONE, MARGINAL, ALL };
