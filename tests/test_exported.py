@@ -23,8 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`
 LENGTH = Dim("length", max=4096)
 
 
-def exported(model, *args, dynamic=True, strict=False, decomposed=False):
-    shapes = tuple({1: LENGTH} for _ in args) if dynamic else None
+def exported(model, *args, length=LENGTH, strict=False, decomposed=False):
+    shapes = None if length is None else tuple({1: length} for _ in args)
     if isinstance(model, Model) and len(args) > 1:
         shapes = (shapes[0], shapes[1:])  # its masks are varargs
     program = export(model, args, dynamic_shapes=shapes, strict=strict)
@@ -47,7 +47,8 @@ def check_lengths(program, model, name="sdpa"):
 def test_every_spelling_decomposed_with_a_dynamic_length(name):
     torch.manual_seed(0)
     model = Model({**SPELLINGS, **MASKED}[name])
-    program = exported(model, inputs(), *((valid(),) if name in MASKED else ()), decomposed=True)
+    length = Dim.DYNAMIC  # non-strict, torch 2.11 takes no named one through a reshape that copies
+    program = exported(model, inputs(), *((valid(),) if name in MASKED else ()), length=length, decomposed=True)
     assert not any("scaled_dot_product" in str(node.target) for node in program.graph.nodes)
     assert dense_left(program.graph_module)
     accelerated, (site,) = accelerate_exported(program, choose)
@@ -79,7 +80,7 @@ def test_training_ir(name, strict):
 def test_multihead_attention(batch_first, decomposed):
     torch.manual_seed(0)
     model = MultiHead(batch_first)
-    program, _ = accelerate_exported(exported(model, inputs(), ~valid(), dynamic=False, decomposed=decomposed), choose)
+    program, _ = accelerate_exported(exported(model, inputs(), ~valid(), length=None, decomposed=decomposed), choose)
     weight, bias = fill(added_parameters(program).values())
     result = program.module()(inputs(), ~valid())
     torch.testing.assert_close(result, model.expected(inputs(), weight, bias, ~valid()))
@@ -123,7 +124,7 @@ class Regions(nn.Module):
 def test_attention_in_subgraphs():
     torch.manual_seed(0)
     model, x = Regions(), inputs()
-    program = exported(model, x, dynamic=False)
+    program = exported(model, x, length=None)
     dense = program.module()(x)
     program, sites = accelerate_exported(program, lambda name: CONFIG.replace(critical_blocks=3))  # all blocks: exact
     assert [site.rewritten for site in sites] == [True] * 3
@@ -166,7 +167,7 @@ class Rotary(nn.Module):
 
 def test_self_attention_is_followed_through_subgraphs():
     table = torch.rand(130, 16)
-    program = exported(Rotary(), inputs(), torch.randn(2, 130, 16), table, dynamic=False)
+    program = exported(Rotary(), inputs(), torch.randn(2, 130, 16), table, length=None)
     assert any("wrap_with_autocast" in str(node.target) for node in program.graph.nodes)
     _, sites = accelerate_exported(program, choose)
     assert [site.rewritten for site in sites] == [True, False]
