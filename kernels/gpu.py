@@ -26,7 +26,7 @@ from sla_compile.kernels.symbolic import largest, padded_to
 from sla_compile.kernels.tuning import Plan, plan, target_of
 
 # Bound on what a call allocates besides its results: heads are processed in chunks that stay below it.
-TRANSIENT_BYTES = 1 << 29
+TRANSIENT_BYTES = 1 << 28
 # With linear="all" the states are summed in two steps: this many partial sums of a head, then one.
 PARTIAL_SUMS = 64
 
@@ -217,6 +217,8 @@ class _Call:
                 )
             yield self
             return
+        if self.units:
+            step = num_blocks(self.units, num_blocks(self.units, step))  # as many pieces, but of one size
         for start in range(0, self.units, step):
             yield replace(self, start=start, units=min(step, self.units - start))
 
