@@ -436,8 +436,9 @@ class _Call:
     def block_sums(self, states: Tensor, rows: int, terms: int, terms_per_block: int, *, columns: bool) -> Tensor:
         """Sums of states over the marginal blocks of each row of the map, or with `columns` of each column.
 
-        A matrix product with the marginal mask. In bfloat16 torch's is the fastest there is; in float32 it would not
-        run on tensor cores.
+        A matrix product with the marginal mask. In bfloat16 torch's is the fastest there is (and rounds partial sums
+        where torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction lets it); in float32 it would not run
+        on tensor cores.
         """
         members, shared = (self.group, 1) if columns else (1, self.group)
         heads = self.units if columns else self.units * self.group
