@@ -42,7 +42,7 @@ def kernel_work(shape: Shape, config: SLAConfig, *, backward: bool) -> dict[str,
     """The work of every Triton kernel of a forward or a backward, by the name that a profiler shows.
 
     For linear="marginal" and as many key-value heads as heads. A backward builds the states once more. "sums of states"
-    is the product with the marginal mask, which is torch's for bfloat16.
+    is the product with the marginal mask, which is torch's for bfloat16. Of 8-bit operations two count as one.
     """
     heads, dim, item = shape.batch * shape.heads, shape.dim, shape.dtype.itemsize
     rows, columns = num_blocks(shape.length, config.block_q), num_blocks(shape.length, config.block_k)
@@ -58,13 +58,18 @@ def kernel_work(shape: Shape, config: SLAConfig, *, backward: bool) -> dict[str,
     keys_again = 2 * blocks * config.block_k * dim * item
     sums = Work(2 * heads * rows * columns * dim * (dim + 1), of_rows + of_columns)
     if not backward:
-        return {
+        low = {None: 0, "int8": 1, "fp8": 2}[config.low_bit]  # operands of 8 bits: keys, and values
+        read = keys_again - low * (item - 1) * blocks * config.block_k * dim
+        work = {
             "select_kernel": select,
             "block_lists_kernel": Work(0, lists),
             "summaries_kernel": Work((1 + projected) * product, 2 * tokens + of_columns),
             "sums of states": sums,
-            "forward_kernel": Work(2 * scores + product, 4 * tokens + of_rows, keys_again + of_rows),
+            "forward_kernel": Work((2 - low / 2) * scores + product, 4 * tokens + of_rows, read + of_rows),
         }
+        if low:
+            work["quantize_kernel"] = Work(0, low * (item + 1) * tokens / item)
+        return work
     weights = 4 * heads * columns * dim**2 if projected else 0
     return {
         "select_kernel": select,

@@ -45,7 +45,7 @@ def test_all_steps_small(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["tests"]["said"].startswith("1 passed") and not results["failed"]
     assert all(rate > 0 for rate in results["ceilings"].values())
-    assert [row["direction"] for row in results["kernels"]] == ["forward", "backward"] * 2
+    assert [row["direction"] for row in results["kernels"]] == ["forward", "backward"] * 3
     for step, lengths in (("attention", {512}), ("sweep", {256, 512})):
         rows = list(csv.DictReader((tmp_path / f"{step}.csv").read_text().splitlines()))
         assert {int(row["length"]) for row in rows} == lengths
@@ -62,7 +62,10 @@ def test_wrong_numbers_are_not_timed(
     monkeypatch.setattr(bench, "check", lambda shape, config: "off" if config.method == "sla" else None)
     assert script.main([*CPU, str(tmp_path), "--steps", "attention", "sweep"]) == 1
     names = {row["name"] for row in csv.DictReader((tmp_path / "attention.csv").read_text().splitlines())}
-    assert names == {"dense", "sla2 0.97 q128", "sla2 0.97 q64"}
+    assert names == {
+        "dense",
+        *(f"sla2 0.97 {rows}{bits}" for rows in ("q128", "q64") for bits in ("", " fp8", " int8")),
+    }
     assert not (tmp_path / "sweep.csv").exists()
     assert "FAILED sla 0.95 q128: off" in capsys.readouterr().out
 
@@ -95,6 +98,36 @@ def test_work_of_kernels_counted_by_hand(roofline: ModuleType) -> None:
     # SLA2 has no projection.
     sla2 = roofline.kernel_work(shape, config.replace(method="sla2", negligible=0), backward=False)
     assert forward["summaries_kernel"].operations == 2 * product and sla2["summaries_kernel"].operations == product
+
+
+def test_work_in_low_bit(roofline: ModuleType) -> None:
+    shape = bench.Shape(1, 2, 150, 16, torch.bfloat16, torch.device("cpu"))
+    config = SLAConfig(method="sla2", critical_blocks=1)
+    works = [
+        roofline.kernel_work(shape, config.replace(low_bit=bits), backward=False) for bits in (None, "int8", "fp8")
+    ]
+    scores, tile, state = 2 * 6 * 64 * 64 * 16, 64 * 16, 6 * 16 * 17 * 2
+    operations, cache = zip(
+        *((work["forward_kernel"].operations, work["forward_kernel"].cache) for work in works), strict=True
+    )
+    product = 2 * 300 * 16 * 16
+    assert operations == (2 * scores + product, 1.5 * scores + product, scores + product)
+    assert cache == (6 * 4 * tile + state, 6 * 3 * tile + state, 6 * 2 * tile + state)  # bytes of a key and a value
+    assert [work["quantize_kernel"].memory for work in works[1:]] == [300 * 16 * 3, 300 * 16 * 6]
+    assert "quantize_kernel" not in works[0]
+
+
+def test_what_the_device_lacks_is_not_a_failure(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def check(shape: bench.Shape, config: SLAConfig) -> str | None:
+        if config.low_bit == "fp8":
+            raise NotImplementedError("no such products")
+        return None
+
+    monkeypatch.setattr(bench, "check", check)
+    assert script.main([*CPU, str(tmp_path), "--steps", "attention"]) == 0
+    assert "not here: sla2 0.97 q128 fp8: no such products" in capsys.readouterr().out
 
 
 def test_roofline_takes_what_is_slowest(roofline: ModuleType) -> None:
