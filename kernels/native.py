@@ -332,21 +332,24 @@ def _phases(calls: list[_Call]) -> Iterator[tuple[str, int, int]]:
     rows, columns = num_blocks(call.length, call.block_q), num_blocks(call.length, BLOCK_K)
     yield "pack_weight", 0, 1
     yield "pack_keys", 0, columns
-    yield "total_states", 0, call.panels
-    if call.grad_output is None:
-        yield "forward_rows", 0, call.group * rows
-        return
     for head in range(call.group):
+        for call in calls:
+            call.head = head
+        yield "sum_states", 0, call.panels
+        if call.grad_output is None:
+            yield "forward_rows", head * rows, (head + 1) * rows
+            continue
         for first in range(head * rows, (head + 1) * rows, call.strip):
             last = min(first + call.strip, (head + 1) * rows)
             for call in calls:
-                call.head, call.strip_first, call.strip_last = head, first, last
+                call.strip_first, call.strip_last = first, last
             yield "backward_rows", first, last
             yield "backward_keys", 0, columns
-        yield "total_gradients", 0, call.panels
+        yield "sum_gradients", 0, call.panels
         yield "backward_linear", 0, num_blocks(columns, PART)
-    yield "unpack_keys", 0, columns
-    yield "unpack_weight", 0, 1
+    if call.grad_output is not None:
+        yield "unpack_keys", 0, columns
+        yield "unpack_weight", 0, 1
 
 
 def _readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:

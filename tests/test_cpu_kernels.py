@@ -314,6 +314,16 @@ def test_kept_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum(buffer.nbytes for buffer in workspace._buffers.values()) <= 100_000
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_large_buffers_are_memory_like_any(dtype: torch.dtype) -> None:
+    elements = cpu_blocks.HUGE_BYTES // dtype.itemsize + 1
+    workspace = cpu_blocks.Workspace(dtype)
+    buffer = workspace("large", elements).fill_(1)
+    assert buffer.shape == (elements,) and buffer.data_ptr() % 64 == 0 and bool((buffer == 1).all())
+    assert workspace("large", elements - 1).data_ptr() == buffer.data_ptr()
+    assert torch.equal(workspace.copy(buffer.double(), "copy", dtype), buffer)
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     kv_heads = draw(st.sampled_from([1, 2]))
