@@ -8,12 +8,12 @@
 
 #include "cpu_matrix.h"
 
-#define BLOCK 64         // tokens of a key block
-#define MAX_QUERIES 128  // tokens of a query block, at most
-#define CACHED (1 << 16) // words that stay in the second-level cache while all their sums are taken
-#define PAGE 1024        // values of a state that are summed at a time, at most
-#define STREAMS 8        // runs that are read at once
-#define PART 8           // key blocks whose gradients of W are summed by one task
+#define BLOCK 64          // tokens of a key block
+#define MAX_QUERIES 128   // tokens of a query block, at most
+#define CACHED (1 << 16)  // words that stay in the second-level cache while all their sums are taken
+#define PAGE 1024         // values of a state that are summed at a time, at most
+#define STREAMS 8         // runs that are read at once
+#define PART 8            // key blocks whose gradients of W are summed by one task
 
 enum { SOFTMAX, ELU, RELU };
 enum { NONE, MARGINAL, ALL };
@@ -56,7 +56,14 @@ struct work {
     float *grad_sums, *grad_keys, *grad_values, *weight_sums, *offset_sums;
     word *operand, *other, *query, *grad;
     float *scores, *grad_scores, *query_features, *linear, *sparse, *scratch;
-    const word **list;
+    struct list *lists;
+    int32_t *entries;
+};
+
+// What is summed: the entries or, with `others`, all but them, which are more than half of all.
+struct list {
+    int32_t *entries;
+    int32_t count, others;
 };
 
 // What the backward keeps of a row until its strip's keys are done: the operands of dK and dV, in right form.
@@ -170,51 +177,48 @@ static inline void store_values(void *to, int words, const vec value[2]) {
     }
 }
 
-// Adds `number` runs.
-static inline __attribute__((always_inline)) void add_runs(const word *const *runs, int64_t number, int64_t width,
-                                                           float *sums, int words) {
-    for (int64_t i = 0; i < width; i += PANEL) {
-        vec sum[2] = {load(sums + i), load(sums + i + LANES)}, value[2];
-        for (int64_t n = 0; n < number; n++) {
-            load_values(runs[n] + (words ? i / PAIR : i), words, value);
-            for (int v = 0; v < 2; v++) sum[v] += value[v];
+// Adds `count` runs of `width` values, `stride` words apart: those listed, or the first. With `words` they are words in
+// right form, else floats.
+static inline __attribute__((always_inline)) void add_runs(const void *from, int64_t stride, const int32_t *listed,
+                                                           int64_t count, int64_t width, float *sums, int words) {
+    for (int64_t first = 0; first < count; first += STREAMS) {
+        const word *runs[STREAMS];
+        int64_t number = least(STREAMS, count - first);
+        for (int64_t n = 0; n < number; n++)
+            runs[n] = (const word *)from + (listed ? listed[first + n] : first + n) * stride;
+        for (int64_t i = 0; i < width; i += PANEL) {
+            vec sum[2] = {load(sums + i), load(sums + i + LANES)}, value[2];
+            for (int64_t n = 0; n < number; n++) {
+                load_values(runs[n] + (words ? i / PAIR : i), words, value);
+                for (int v = 0; v < 2; v++) sum[v] += value[v];
+            }
+            for (int v = 0; v < 2; v++) store(sums + i + v * LANES, sum[v]);
         }
-        for (int v = 0; v < 2; v++) store(sums + i + v * LANES, sum[v]);
     }
 }
 
-// The sum of `count` runs that are `stride` words apart, in two levels: its error stays that of short sums. At most PAGE
-// values.
+// The sum of `count` runs of at most PAGE values, in two levels: its error stays that of short sums.
 static inline __attribute__((always_inline)) void total_of(const void *from, int64_t stride, int64_t count,
                                                            int64_t width, float *to, int words) {
+    const int64_t most = 2 * STREAMS;
+    float sums[PAGE];
     memset(to, 0, width * sizeof(float));
-    for (int64_t first = 0; first < count; first += 2 * STREAMS) {
-        float sums[PAGE] = {0};
-        const word *runs[2 * STREAMS];
-        int64_t number = least(2 * STREAMS, count - first);
-        for (int64_t n = 0; n < number; n++) runs[n] = (const word *)from + (first + n) * stride;
-        add_runs(runs, least(STREAMS, number), width, sums, words);
-        if (number > STREAMS) add_runs(runs + STREAMS, number - STREAMS, width, sums, words);
+    for (int64_t first = 0; first < count; first += most) {
+        memset(sums, 0, width * sizeof(float));
+        add_runs((const word *)from + first * stride, stride, 0, least(most, count - first), width, sums, words);
         for (int64_t i = 0; i < width; i += LANES) store(to + i, load(to + i) + load(sums + i));
     }
 }
 
-// The sum of the runs whose class is 0: by adding them or, where they are the majority, by subtracting the others from
-// the total, of which at least half is left. At most PAGE values.
-static inline __attribute__((always_inline)) void selected_sum(const void *from, int64_t stride, int64_t count,
-                                                               int64_t width, const float *total,
-                                                               const int8_t *classes, int64_t class_step,
-                                                               const word **list, void *to, int words) {
-    int64_t selected = 0, listed = 0;
-    for (int64_t n = 0; n < count; n++) selected += classes[n * class_step] == 0;
-    int most = 2 * selected > count;
-    for (int64_t n = 0; n < count; n++)
-        if ((classes[n * class_step] == 0) != most) list[listed++] = (const word *)from + n * stride;
-    float sums[PAGE] = {0};
-    for (int64_t n = 0; n < listed; n += STREAMS) add_runs(list + n, least(STREAMS, listed - n), width, sums, words);
+// The sum of a list's runs of at most PAGE values: by adding them, or by leaving the others out of the total.
+static inline __attribute__((always_inline)) void listed_sum(const void *from, int64_t stride, const struct list *list,
+                                                             int64_t width, const float *total, void *to, int words) {
+    float sums[PAGE];
+    memset(sums, 0, width * sizeof(float));
+    add_runs(from, stride, list->entries, list->count, width, sums, words);
     for (int64_t i = 0; i < width; i += PANEL) {
         vec sum[2] = {load(sums + i), load(sums + i + LANES)};
-        if (most)
+        if (list->others)
             for (int v = 0; v < 2; v++) sum[v] = load(total + i + v * LANES) - sum[v];
         store_values((word *)to + (words ? i / PAIR : i), words, sum);
     }
@@ -275,13 +279,15 @@ static struct work lay_out(const struct call *call, float **shared, float **own)
     w->weight_t = take_words(shared, w->square);
     w->states = take_words(shared, w->columns * w->square);
     w->sums = take(shared, w->columns * w->dims);
-    int64_t lists = call->linear == ALL ? 1 : backward && w->columns > w->rows ? w->columns : w->rows;
+    int64_t all_lists = w->rows > w->columns ? w->rows : w->columns;
+    int64_t lists = call->linear == ALL ? 1 : backward ? all_lists : w->rows;
     w->list_states = take_words(shared, lists * w->square);
     w->list_sums = take(shared, lists * w->dims);
     w->query_features = take(own, w->queries);
     w->linear = take(own, w->queries);
     w->other = take_words(own, largest);
-    w->list = take(own, (w->rows + w->columns) * sizeof(void *) / sizeof(float));
+    w->lists = take(own, all_lists * sizeof(struct list) / sizeof(float));
+    w->entries = take(own, w->rows * w->columns);
     if (!backward) return work;
     w->grad_states = take_words(shared, w->rows * w->square);
     w->grad_sums = take(shared, w->rows * w->dims);
@@ -390,15 +396,28 @@ void NAMED(sla_pack_keys)(const struct call *call, float *own, int64_t first_blo
     }
 }
 
+// Lists the marginal ones of `count` blocks, `lists` times.
+static void make_lists(const struct work *w, int64_t count, int64_t lists, int64_t list_step, int64_t class_step) {
+    const int8_t *classes = w->call->block_map + w->call->head * w->call->map_head;
+    for (int64_t n = 0; n < lists; n++, classes += list_step) {
+        struct list *list = w->lists + n;
+        int64_t selected = 0;
+        for (int64_t i = 0; i < count; i++) selected += classes[i * class_step] == 0;
+        *list = (struct list){.entries = w->entries + n * count, .others = 2 * selected > count};
+        for (int64_t i = 0; i < count; i++)
+            if ((classes[i * class_step] == 0) != list->others) list->entries[list->count++] = i;
+    }
+}
+
 // Panels `first` to `last` of sums of `count` states, and z with the first: over the marginal blocks of each of `lists`
 // lists or, for "all", one. All states' part that stays in the cache serves all lists.
 static void sum_states(const struct work *w, const word *states, const float *sums, int64_t count, int64_t lists,
                        int64_t list_step, int64_t class_step, int64_t first, int64_t last) {
     const struct call *call = w->call;
-    const int8_t *classes = call->block_map + call->head * call->map_head;
     int64_t part = least(PAGE, CACHED * PAIR / count / PANEL * PANEL), stride = w->square / PAIR;
     float total[PAGE];
     if (part < PANEL) part = PANEL;
+    if (call->linear == MARGINAL) make_lists(w, count, lists, list_step, class_step);
     for (int64_t at = first * PANEL; at < last * PANEL; at += part) {
         int64_t width = least(part, last * PANEL - at);
         total_of(states + at / PAIR, stride, count, width, total, 1);
@@ -407,15 +426,14 @@ static void sum_states(const struct work *w, const word *states, const float *su
                 store_rows(w->list_states + (at + i) / PAIR, load(total + i), load(total + i + LANES));
         else
             for (int64_t n = 0; n < lists; n++)
-                selected_sum(states + at / PAIR, stride, count, width, total, classes + n * list_step, class_step,
-                             w->list, nth(w->list_states, n, w->square) + at / PAIR, 1);
+                listed_sum(states + at / PAIR, stride, w->lists + n, width, total,
+                           nth(w->list_states, n, w->square) + at / PAIR, 1);
     }
     if (first) return;
     total_of(sums, w->dims, count, w->dims, call->linear == ALL ? w->list_sums : total, 0);
     if (call->linear == ALL) return;
     for (int64_t n = 0; n < lists; n++)
-        selected_sum(sums, w->dims, count, w->dims, total, classes + n * list_step, class_step, w->list,
-                     w->list_sums + n * w->dims, 0);
+        listed_sum(sums, w->dims, w->lists + n, w->dims, total, w->list_sums + n * w->dims, 0);
 }
 
 // States and z of the keys that the rows of query head call->head sum.
