@@ -43,7 +43,9 @@ _LOG = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / name for name in ("cpu_native.c", "cpu_native_bfloat16.c"))
 _READ = (*_SOURCES, _FOLDER / "cpu_matrix.h")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-w")
+# What GCC and Clang both call the processor at hand.
+_NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+_FLAGS = ("-O3", _NATIVE, "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-w")
 _COMPILE_SECONDS = 120
 _FEATURE_MAPS = ("softmax", "elu", "relu")
 _SCOPES = ("none", "marginal", "all")
