@@ -69,13 +69,13 @@ class Loop:
         waits = (re.match(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)", instruction) for instruction in self.body)
         return min((int(wait[1], 16) for wait in waits if wait), default=0)
 
-    def complaints(self) -> list[str]:
+    def complaints(self, token_bytes: int) -> list[str]:
+        """What is wrong with the loop, of whose tokens a thread has to load so many bytes in a step."""
         found = []
         if not self.in_flight:
             found.append("waits for the copies that it has just issued")
         loads = [*self.names("LDG"), *self.names("LDGSTS")]
-        # Entries, scales and log-sum-exps take a few narrow ones.
-        if 2 * sum(name.endswith(".128") for name in loads) <= len(loads):
+        if 16 * sum(name.endswith(".128") for name in loads) < token_bytes:
             found.append("loads tokens in pieces of less than 16 bytes")
         if self.names("LDL") or self.names("STL"):
             found.append("uses local memory")
@@ -117,6 +117,13 @@ def sparse_loop(code: str) -> Loop:
     return found[0]
 
 
+def token_bytes(kernel: str, arguments: dict[str, Any], low_bit: str) -> int:
+    """Of the two tiles that a thread loads its part of in a step: keys and values, or queries and gradients."""
+    tokens = arguments["TILE_Q"] if kernel == "key_gradient" else arguments["TILE_K"]
+    of_two = {"none": 4, "int8": 3, "fp8": 2}[low_bit if kernel == "forward" else "none"]
+    return tokens * arguments["DIMS"] * of_two // (32 * arguments["num_warps"])
+
+
 def rows(case: Case) -> list[tuple[str, str, dict[str, Any], Loop]]:
     """Kernel, its tiles, its launch's arguments and the loop of each sparse kernel of a case."""
     found = []
@@ -152,7 +159,7 @@ def main(given: list[str] | None = None) -> int:
             counts = [loop.kinds[kind] for kind in kinds]
             values = [name, case, tiles, arguments["num_warps"], len(loop), *counts, loop.in_flight, issue, matrix]
             print(f"| {' | '.join(str(value) for value in values)} |", flush=True)
-            for complaint in loop.complaints():
+            for complaint in loop.complaints(token_bytes(name, arguments, case.low_bit)):
                 failed = True
                 print(f"    {name} {complaint}", flush=True)
     return int(failed and options.check)

@@ -1,6 +1,5 @@
 """The kernels compile for GPUs that are not here: a sample of benchmarks/compile_gate.py."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -29,10 +28,6 @@ def test_kernels_compile_within_the_limits(arch: str, cases: str, options: list[
 
 
 def test_sparse_loops_copy_ahead_in_wide_pieces() -> None:
-    # 3.6, for one, copies the statistics of key_gradient one by one.
-    written_by = json.loads((BENCHMARKS / "compile_limits.json").read_text())["triton"]
-    if triton.__version__ != written_by:
-        pytest.skip(f"the loops are what Triton {written_by} makes of them, this is {triton.__version__}")
     check("loop_instructions.py", "--arch", "90", "--cases", "90-bf16-D64-q64", "90-bf16-D64-q64-fp8")
 
 
