@@ -21,7 +21,7 @@ def key_bias(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
         mask = mask.narrow(dim, 0, 1)
     mask = mask.expand(batch, 1, 1, length).reshape(batch, length)
     if mask.dtype == torch.bool:
-        return torch.zeros(batch, length, device=mask.device).masked_fill(~mask, -torch.inf)
+        return torch.zeros(batch, length, dtype=torch.float32, device=mask.device).masked_fill(~mask, -torch.inf)
     bias = mask.float()
     largest = bias.amax(-1, keepdim=True)
     return bias - largest.where(largest > -torch.inf, 0)

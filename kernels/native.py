@@ -184,10 +184,10 @@ def backward(
     grads = [_transposed_empty(tensor, heads.dtype) for tensor in (query, key, value)]
     units = query.shape[0] * key.shape[1]
     grad_weights, grad_offsets = (
-        None if parameter is None else torch.empty(units, *parameter.shape)
+        None if parameter is None else torch.empty(units, *parameter.shape, dtype=torch.float32)
         for parameter in (heads.weight, heads.offset)
     )
-    grad_alpha = None if alpha is None else torch.empty(block_map.shape[:3])
+    grad_alpha = None if alpha is None else torch.empty(block_map.shape[:3], dtype=torch.float32)
     names = ("grad_query", "grad_key", "grad_value")
     tensors = dict(zip(names, grads, strict=True), grad_output=_readable(grad_output, heads.dtype))
     heads.run(tensors, logsumexp, grad_weights, grad_offsets, grad_alpha)

@@ -177,7 +177,7 @@ def full_attention(sample: Sample, query: Tensor | None = None) -> Tensor:
 @torch.no_grad()
 def errors(samples: SiteSamples, router: Router, which: Sequence[int]) -> list[float]:
     """Relative squared error ``sum |O - O_full|^2 / sum |O_full|^2`` with the hard choice, for each sparsity."""
-    wrong, size = torch.zeros(len(samples.configs)), 0.0
+    wrong, size = torch.zeros(len(samples.configs), dtype=torch.float64), 0.0
     for number in which:
         sample = samples[number]
         target = full_attention(sample).double()

@@ -210,6 +210,31 @@ def test_a_row_without_valid_keys_is_zero():
         assert torch.isfinite(tensor.grad).all() and not tensor.grad[1].any()
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("method", ["sla", "sla2"])
+def test_the_default_dtype_changes_nothing(method, default):
+    mask = torch.arange(200)[None, None, None] < 150
+    inputs = make_inputs()
+    names = ("proj_weight", "proj_bias") if method == "sla" else ("alpha",)
+    parameters = make_projection() if method == "sla" else [torch.full((2, 1), 0.6, requires_grad=True)]
+
+    def run():
+        output = sla_compile.sparse_linear_attention(
+            *inputs, config=SLAConfig(method=method, sparsity=0.75), key_padding_mask=mask,
+            **dict(zip(names, parameters, strict=True)),
+        )  # fmt: skip
+        return output, *torch.autograd.grad(output.square().sum(), (*inputs, *parameters))
+
+    expected = run()
+    torch.set_default_dtype(default)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
 BAD = {
     "rank": (dict(query=torch.zeros(2, 200, 16)), "must be \\(batch, heads, tokens, head_dim\\)"),
     "not a tensor": (dict(query=[1.0]), "must be a torch.Tensor"),
