@@ -49,7 +49,8 @@ class Workspace:
         elements = math.prod(shape)
         buffer = self._buffers.get(slot)
         if buffer is None or buffer.numel() < elements:
-            buffer = self._buffers[slot] = _empty(elements, slot[1])
+            with torch.inference_mode(False):  # a later call outside of it writes here, too
+                buffer = self._buffers[slot] = _empty(elements, slot[1])
         return buffer[:elements].view(shape)
 
     def copy(self, tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:

@@ -303,6 +303,16 @@ def test_results_do_not_depend_on_what_ran_before() -> None:
             assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+def test_buffers_kept_from_inference_mode(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_blocks, "_THREAD", threading.local())
+    drawn = draw(Case(length=300, dim=32, dtype=dtype))
+    with torch.inference_mode():
+        first = run(*drawn)
+    for one, two in zip(first, run(*drawn), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_kept_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_blocks, "KEPT_BYTES", 100_000)
     with cpu_blocks.thread_workspace(torch.float32) as workspace:
