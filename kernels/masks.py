@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# exp of less is 0 in float32.
+LEAST_BIAS = -104.0
+
 
 def key_bias(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """(batch, length) float32 bias, 0 where a bool `mask` is True and -inf elsewhere; additive masks keep their values.
 
     Attention is invariant to a constant added to all keys, so the largest bias of a row is shifted to 0: its
-    exponential then is a weight in [0, 1] that cannot overflow in the linear branch. A row of -inf stays so.
+    exponential then is a weight in [0, 1] that cannot overflow in the linear branch. A row of -inf stays so. Where that
+    weight is 0 the bias becomes -inf: many models hide a key by -10000 or their dtype's least number, and the blocks of
+    such keys must be no choice of a router's.
 
     Args:
         mask: bool or floating point, broadcastable to (batch, 1, 1, length) or that expanded.
@@ -24,4 +29,5 @@ def key_bias(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
         return torch.zeros(batch, length, dtype=torch.float32, device=mask.device).masked_fill(~mask, -torch.inf)
     bias = mask.float()
     largest = bias.amax(-1, keepdim=True)
-    return bias - largest.where(largest > -torch.inf, 0)
+    bias = bias - largest.where(largest > -torch.inf, 0)
+    return bias.masked_fill(bias < LEAST_BIAS, -torch.inf)

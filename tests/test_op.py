@@ -235,6 +235,21 @@ def test_the_default_dtype_changes_nothing(method, default):
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 
+@pytest.mark.parametrize("method", ["sla", "sla2"])
+@pytest.mark.parametrize("hidden", [-1e4, torch.finfo(torch.float16).min, torch.finfo(torch.float32).min])
+def test_a_finite_mask_hides_whole_blocks(hidden, method):
+    """A query block whose choice were hidden blocks alone would attend to their padding."""
+    query, key, value = make_inputs(length=512, grad=False)
+    config = SLAConfig(method=method, sparsity=0.75)
+    valid = torch.arange(512)[None, None, None] < 100
+    parameters = dict(proj_weight=torch.eye(16)) if method == "sla" else dict(alpha=torch.full((2, 1), 0.6))
+    found, expected = (
+        sla_compile.sparse_linear_attention(query, key, value, config=config, key_padding_mask=mask, **parameters)
+        for mask in (torch.zeros(1, 1, 1, 512).masked_fill(~valid, hidden), valid)
+    )
+    assert torch.equal(found, expected)
+
+
 BAD = {
     "rank": (dict(query=torch.zeros(2, 200, 16)), "must be \\(batch, heads, tokens, head_dim\\)"),
     "not a tensor": (dict(query=[1.0]), "must be a torch.Tensor"),
