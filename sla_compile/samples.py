@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sla_compile.kernels.masks import key_bias
+from sla_compile.ops import autocast_tokens
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class Observer:
             problem = self.why_unfit(query if query.dim() == 4 else query.unsqueeze(1))
             if problem:
                 raise ValueError(f"{self.site or 'the model'}: {problem}")
+            if torch.is_autocast_enabled(query.device.type):  # they may differ: normed queries are float32, say
+                query, key, value = autocast_tokens(query, key, value)
             self.store.offer(self.site, query, key, value, mask, scale)
         else:
             self.reason = reason

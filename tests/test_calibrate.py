@@ -140,6 +140,22 @@ def test_works_inside_other_modes():
         assert calibrate(accelerated(), batches(), **FAST).rows[0].samples == 2
 
 
+def test_takes_what_autocast_has_yet_to_cast():
+    """Normalised queries and keys are float32 there, and values are not."""
+
+    class Normed(SelfAttention):
+        def forward(self, x):
+            query, key, value = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            attended = nn.functional.scaled_dot_product_attention(query.float(), key.float(), value)
+            return self.proj(attended.transpose(1, 2).flatten(2))
+
+    given = [x for x, _ in batches()]
+    model = sla_compile.accelerate(Normed().eval(), config=CONFIG, example_inputs=(given[0],))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        row = calibrate(model, given, **FAST).rows[0]
+    assert row.after < row.before
+
+
 def test_blocks_compiled_in_place_are_observed():
     model = accelerated()
     for block in model.blocks:
