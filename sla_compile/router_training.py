@@ -120,7 +120,7 @@ def train(
 
 
 def _draw(count: int, random: torch.Generator) -> int:
-    return int(torch.randint(count, (), generator=random))
+    return int(torch.randint(count, (), generator=random, device="cpu"))
 
 
 class _SoftError:
@@ -147,9 +147,9 @@ class _SoftError:
         open_rows = (~pinned_blocks(length, block_q, config.pinned, torch.device("cpu"))).nonzero().flatten()
         if count == free or not len(open_rows):
             return None  # all blocks are critical
-        picked = torch.randperm(len(open_rows), generator=random)[: self.options.query_blocks]
+        picked = torch.randperm(len(open_rows), generator=random, device="cpu")[: self.options.query_blocks]
         rows = open_rows[picked].sort().values
-        tokens = (rows[:, None] * block_q + torch.arange(block_q)).flatten()
+        tokens = (rows[:, None] * block_q + torch.arange(block_q, device="cpu")).flatten()
         tokens, rows = tokens[tokens < length].to(query.device), rows.to(query.device)
 
         scale = default_scale(sample.scale, query.shape[-1])
@@ -177,7 +177,7 @@ def full_attention(sample: Sample, query: Tensor | None = None) -> Tensor:
 @torch.no_grad()
 def errors(samples: SiteSamples, router: Router, which: Sequence[int]) -> list[float]:
     """Relative squared error ``sum |O - O_full|^2 / sum |O_full|^2`` with the hard choice, for each sparsity."""
-    wrong, size = torch.zeros(len(samples.configs), dtype=torch.float64), 0.0
+    wrong, size = torch.zeros(len(samples.configs), dtype=torch.float64, device="cpu"), 0.0
     for number in which:
         sample = samples[number]
         target = full_attention(sample).double()
