@@ -89,7 +89,10 @@ def library() -> ctypes.CDLL | None:
         _LOG.info("no C compiler found (CC names one): PyTorch operations run, which are slower")
         return None
     try:
-        built = ctypes.CDLL(str(_build(compiler)))
+        try:
+            built = ctypes.CDLL(str(_build(compiler)))
+        except OSError:  # a damaged file would stay one
+            built = ctypes.CDLL(str(_build(compiler, anew=True)))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None)
         reason = output.decode(errors="replace").strip() if output else error
@@ -110,19 +113,21 @@ def _compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
 
 
-def _build(compiler: str) -> Path:
-    """The shared library for this processor, from the cache or compiled now."""
+def _build(compiler: str, *, anew: bool = False) -> Path:
+    """The shared library for this processor, from the cache or, where it is not there or `anew`, compiled now."""
     processor = [platform.system(), platform.machine(), sorted(torch.cpu.get_capabilities().items())]
     sources = b"".join(path.read_bytes() for path in _READ)
     digest = hashlib.sha256(f"{compiler} {_FLAGS} {processor}".encode() + sources).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sla_compile"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     target = folder / f"cpu_native_{digest}.so"
-    if not target.exists():
+    if anew or not target.exists():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             built = Path(temporary) / target.name
             command = [compiler, *_FLAGS, "-o", str(built), *map(str, _SOURCES), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_SECONDS)
+            with built.open("rb") as file:
+                os.fsync(file.fileno())  # not a file cut short, should the machine stop now
             os.replace(built, target)  # at once: other processes see all of it or nothing
     return target
 

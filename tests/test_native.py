@@ -57,6 +57,14 @@ def test_built_once(fresh: Path) -> None:
     assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [written]
 
 
+def test_a_damaged_file_is_built_anew(fresh: Path) -> None:
+    compiler = native._compiler()
+    if compiler is None:
+        pytest.skip("no C compiler")
+    native._build(compiler).write_bytes(b"")
+    assert native.library() is not None
+
+
 @pytest.mark.parametrize("linear", ["marginal", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(1, 1, 1), (1, 4, 2), (3, 2, 2)], ids=["one", "shared", "several"])
