@@ -29,7 +29,9 @@ def feature(tokens: Tensor, feature_map: str, out: Tensor) -> Tensor:
         return torch.softmax(tokens, -1, out=out)
     if feature_map == "relu":
         return torch.clamp(tokens, min=0, out=out)
-    return out.copy_(F.elu(tokens)).add_(1)
+    # Not elu(x) + 1, which for x of -17 is a rounding of 1 and no longer the exponential.
+    positive = tokens.clamp(min=0)
+    return torch.clamp(tokens, max=0, out=out).exp_().add_(positive)
 
 
 def feature_backward(grad: Tensor, features: Tensor, feature_map: str) -> Tensor:

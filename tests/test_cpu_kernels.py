@@ -275,6 +275,17 @@ def test_undefined_denominators_give_zero() -> None:
         assert not grad_weight.any()
 
 
+def test_elu_of_very_negative_keys() -> None:
+    """Features of all keys near exp(-18): their ratios count, however small they are."""
+    case = Case(length=200, dim=32, feature_map="elu", blocks="marginal", dtype="fp32")
+    inputs, grad, classes, spec, bias = draw(case)
+    inputs[1] = inputs[1] - 18
+    exact = kernel_cases.evaluate([t.double() for t in inputs], grad.double(), classes, spec, bias)[0]
+    weighed = inputs[3].double().norm() * inputs[2].double().norm(dim=-1).max()  # of a mean of projected values
+    error = (run(inputs, grad, classes, spec, bias)[0] - exact).abs().max()
+    assert error <= case.length * torch.finfo(torch.float32).eps * weighed
+
+
 def test_large_scores_stay_finite() -> None:
     """A single key that outshines all others by more than exp can hold, and keys whose features underflow in fp16."""
     for dtype in ("fp32", "bf16", "fp16"):
