@@ -80,8 +80,8 @@ static void feature(float *tokens, int64_t rows, int64_t dim, int64_t dims, cons
             for (int i = 0; i < PANEL; i++) line[p * PANEL + i] = tokens[(p * rows + row) * PANEL + i];
         if (mean)
             for (int64_t d = 0; d < dim; d++) line[d] -= mean[d];
-        if (map == RELU) {
-            for (int64_t d = 0; d < dims; d += LANES) store(line + d, larger(load(line + d), splat(0)));
+        if (map == RELU) {  // NaN stays: it is larger's second argument
+            for (int64_t d = 0; d < dims; d += LANES) store(line + d, larger(splat(0), load(line + d)));
         } else if (map == ELU) {  // elu(x) + 1 = max(x, 0) + exp(min(x, 0))
             for (int64_t d = 0; d < dims; d += LANES) {
                 vec x = load(line + d), positive = larger(x, splat(0));

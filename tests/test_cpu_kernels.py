@@ -286,6 +286,14 @@ def test_elu_of_very_negative_keys() -> None:
     assert error <= case.length * torch.finfo(torch.float32).eps * weighed
 
 
+def test_relu_passes_nan_on() -> None:
+    inputs, grad, classes, spec, bias = draw(Case(length=200, dim=32, feature_map="relu", blocks="marginal"))
+    inputs[1] = inputs[1].index_fill(2, torch.tensor(5), torch.nan)
+    classes[:, :, :, 0] = 0  # only the linear branch meets it
+    classes[:, :, :, 1] = 1
+    assert run(inputs, grad, classes, spec, bias)[0].isnan().all()
+
+
 def test_large_scores_stay_finite() -> None:
     """A single key that outshines all others by more than exp can hold, and keys whose features underflow in fp16."""
     for dtype in ("fp32", "bf16", "fp16"):
