@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sla_compile.config import MAX_HEAD_DIM, SLAConfig
 from sla_compile.kernels.masks import key_bias
@@ -219,8 +220,8 @@ def _check_alpha(query: Tensor, alpha: Tensor | None, config: SLAConfig) -> None
     if problem:
         raise ValueError(problem)
     _check_parameter(query, "alpha", alpha, tuple(alpha.shape))
-    # The values can only be read outside of a trace, and reading them from a GPU would hold it up in every call.
-    if alpha.device.type == "cpu" and not torch.compiler.is_compiling():
+    # Reading the values from a GPU would hold it up in every call.
+    if alpha.device.type == "cpu" and _has_values(alpha):
         with torch.no_grad():
             if not ((alpha >= 0) & (alpha <= 1)).all():
                 raise ValueError("alpha weighs two branches and must be between 0 and 1; pass torch.sigmoid(logit)")
@@ -256,14 +257,17 @@ def _check_block_map(block_map: Tensor, query: Tensor, config: SLAConfig) -> Non
         raise ValueError(f"block_map must be int8 of shape {shape}, got {block_map.dtype} of {tuple(block_map.shape)}")
     if block_map.device != query.device:
         raise ValueError(f"query is on {query.device} but block_map is on {block_map.device}")
-    # The values can only be read outside of a trace, and reading them from a GPU would break a stream capture.
-    if (
-        torch.compiler.is_compiling()
-        or block_map.is_meta
-        or (block_map.is_cuda and torch.cuda.is_current_stream_capturing())
-    ):
+    # Reading the values from a GPU would break a stream capture.
+    if not _has_values(block_map) or (block_map.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     if not (block_map == 1).any(-1).all():
         raise ValueError("every row of block_map needs a critical block (1)")
     if (block_map.abs() > 1).any():
         raise ValueError("block_map must hold 1 (critical), 0 (marginal) and -1 (negligible) only")
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether its values can be read: not in a trace, by Dynamo or by a dispatch mode, nor from a fake tensor."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import sla_compile
@@ -194,6 +196,23 @@ def test_only_asked_gradients_are_made():
         query, key, value, config=CONFIG, proj_weight=weight, proj_bias=bias
     ).sum().backward()
     assert query.grad is None and weight.grad is not None and bias.grad is not None
+
+
+@pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
+def test_checks_of_values_do_not_stop_a_trace(tracing):
+    query, key, value = make_inputs(grad=False)
+    config = SLAConfig(method="sla2", sparsity=0.75)
+    block_map = sla_compile.route(query, key, config=config)
+
+    def function(*tensors):
+        query, key, value, alpha, block_map = tensors
+        return sla_compile.sparse_linear_attention(query, key, value, config=config, alpha=alpha, block_map=block_map)
+
+    arguments = query, key, value, torch.full((2, 1), 0.6), block_map
+    traced = make_fx(function, tracing_mode=tracing)(*arguments)
+    assert torch.equal(traced(*arguments), function(*arguments))
+    with FakeTensorMode() as mode:
+        assert function(*map(mode.from_tensor, arguments)).shape == query.shape
 
 
 def test_a_row_without_valid_keys_is_zero():
