@@ -81,8 +81,7 @@ def run_on_fakes(
     """
     args, kwargs = arguments(example_inputs)
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
-        with _FakeCopies(fakes):
-            copied = copy.deepcopy(model, {id(tensor): _fake(fakes, tensor) for tensor in model.parameters()})
+        copied = _copied(model, fakes)
         fake_args, fake_kwargs = tree_map_only(Tensor, fakes.from_tensor, (args, kwargs))
         try:
             return observe(copied if training else copied.eval(), fake_args, fake_kwargs)
@@ -117,6 +116,28 @@ def arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
         "example_inputs must be a tuple of positional or a dict of keyword arguments of the model's forward, got "
         f"{type(example_inputs).__name__}"
     )
+
+
+def _copied(model: nn.Module, fakes: FakeTensorMode) -> nn.Module:
+    """A copy with fake tensors and without diffusers' hooks (caches, offloading), which would run the original's blocks
+    and leave fake tensors in its caches: they hold functions that are not copied."""
+    memo: dict[int, Any] = {id(tensor): _fake(fakes, tensor) for tensor in model.parameters()}
+    hooked = {
+        name: module
+        for name, module in model.named_modules()
+        if getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", ()) and "forward" in module.__dict__
+    }
+    for module in hooked.values():
+        left_out = (module.__dict__["_diffusers_hook"], module.__dict__["forward"])
+        memo |= {id(each): "left out" for each in left_out}
+    with _FakeCopies(fakes):
+        copied = copy.deepcopy(model, memo)
+        for name, module in hooked.items():
+            innermost = module.__dict__["_diffusers_hook"]._fn_refs[0]
+            state = copied.get_submodule(name).__dict__
+            state["forward"] = copy.deepcopy(innermost.original_forward or innermost.forward, memo)
+            del state["_diffusers_hook"]
+    return copied
 
 
 class _FakeCopies(TorchFunctionMode):

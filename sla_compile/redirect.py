@@ -188,8 +188,10 @@ def multi_head_attention(
 
 def run_redirected(owner: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls `forward` with the owner's attention redirected."""
+    redirection = getattr(owner, "_sla_redirection", None)
+    if redirection is None:  # made anew by type(owner)(...), or restored while someone kept its forward
+        return forward(*args, **kwargs)
     sla = owner._modules.get(CHILD)
-    redirection = owner._sla_redirection
     if sla is not None:
         _check_context_parallel(owner, redirection, sla)
     calls: list[Any] = []  # not an attribute of the mode: Dynamo does not follow writes to that
@@ -349,9 +351,7 @@ def detach(module: Any) -> None:
     cls: Any = type(module)
     module.__class__ = cls._sla_base
     state = module.__dict__
-    for name, value in list(state.items()):
-        if isinstance(value, types.MethodType) and value.__func__ is cls.forward and value.__self__ is module:
-            state[name] = types.MethodType(cls._sla_base.forward, module)
+    _rebind(module, cls.forward, cls._sla_base.forward)
     if "_sla_forward" in state:
         state["forward"] = state.pop("_sla_forward")
     if "_sla_backend" in state:
@@ -368,17 +368,22 @@ def is_changed(module: nn.Module) -> bool:
 def _follow_instance_forward(module: nn.Module, base_forward: Any, wrap: bool = True) -> None:
     """Reaches behind a forward in the instance's dict (hooks of accelerate, caches), which would bypass the class.
 
-    Such a forward usually keeps the class's own as a bound method beside it: that one is bound anew, so that the
-    redirect survives the hook's removal. Where there is none, the instance's forward itself is wrapped.
+    Such a forward usually keeps the class's own as a bound method: that one is bound anew, so that the redirect
+    survives the hook's removal. Where there is none, the instance's forward itself is wrapped.
     """
     state = module.__dict__
-    if "forward" not in state:
-        return
-    rebound = False
-    for name, value in list(state.items()):
-        if isinstance(value, types.MethodType) and value.__func__ is base_forward and value.__self__ is module:
-            state[name] = types.MethodType(type(module).forward, module)
-            rebound = True
-    if not rebound and wrap:
+    if "forward" in state and not _rebind(module, base_forward, type(module).forward) and wrap:
         state["_sla_forward"] = state["forward"]
         state["forward"] = functools.partial(run_redirected, module, state["forward"])
+
+
+def _rebind(module: nn.Module, old: Any, new: Any) -> bool:
+    """Replaces `old` by `new` wherever it is kept bound to the module: beside its forward, or in diffusers' hooks."""
+    hooks = getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", ())
+    found = False
+    for place in (module.__dict__, *map(vars, hooks)):
+        for name, value in list(place.items()):
+            if isinstance(value, types.MethodType) and value.__func__ is old and value.__self__ is module:
+                place[name] = types.MethodType(new, module)
+                found = True
+    return found

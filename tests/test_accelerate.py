@@ -281,6 +281,15 @@ def test_an_instance_forward_that_hides_the_class_one():
     assert torch.equal(model(*make_inputs()), dense)
 
 
+def test_a_forward_kept_by_somebody_outlives_restore_and_a_new_instance_is_plain():
+    model, (x, _) = accelerated(), make_inputs()
+    attention = model.blocks[0].attn
+    kept, new = attention.forward, type(attention)()
+    new.load_state_dict(build().blocks[0].attn.state_dict())
+    sla_compile.restore(model)
+    assert torch.equal(kept(x), attention(x)) and torch.equal(new(x), attention(x))
+
+
 def test_a_second_sequence_stays_dense_even_of_equal_length():
     model = Undeclared().eval()
     x, context = make_inputs()

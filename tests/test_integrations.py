@@ -122,6 +122,46 @@ def test_cpu_offload_hooks(when, expected):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
+def test_cache_hooks_on_attentions(when, expected):
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    cache = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(0, 9),
+        spatial_attention_block_identifiers=("blocks",),
+        current_timestep_callback=lambda: 5,
+    )
+    model = build() if when == "before" else accelerated()
+    model.enable_cache(cache)
+    if when == "before":
+        sla_compile.accelerate(model, config=CONFIG)
+        copy_parameters(accelerated(), model)
+    assert torch.equal(run(model), expected) and torch.equal(run(model), expected)  # the second time from the cache
+    model.disable_cache()
+    assert torch.equal(run(model), expected)
+    model.enable_cache(cache)
+    sla_compile.restore(model)
+    assert torch.equal(run(model), run(build()))
+
+
+@pytest.mark.parametrize("hooks", ["cache", "group offload"])
+def test_examples_for_a_model_with_hooks(hooks, expected):
+    """A copy's hooks would run the original, where no attention can be told from another."""
+    from diffusers import FirstBlockCacheConfig
+
+    model = build()
+    if hooks == "cache":
+        model.enable_cache(FirstBlockCacheConfig())
+    else:
+        model.enable_group_offload(torch.device("cpu"), num_blocks_per_group=1)
+    sla_compile.accelerate(model, config=CONFIG, example_inputs=make_inputs())
+    assert [site.name for site in sla_compile.report(model).rewritten] == ["blocks.0.attn1", "blocks.1.attn1"]
+    copy_parameters(accelerated(), model)
+    with model.cache_context("prompt"):
+        assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
 def test_lora(when):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(
