@@ -189,7 +189,7 @@ def multi_head_attention(
 def run_redirected(owner: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls `forward` with the owner's attention redirected."""
     redirection = getattr(owner, "_sla_redirection", None)
-    if redirection is None:  # made anew by type(owner)(...), or restored while someone kept its forward
+    if redirection is None:  # made anew, by type(owner)(...)
         return forward(*args, **kwargs)
     sla = owner._modules.get(CHILD)
     if sla is not None:
@@ -255,14 +255,19 @@ def _check_context_parallel(owner: nn.Module, redirection: Redirection, sla: Spa
 
 @functools.cache
 def redirected_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` whose forward redirects attention."""
-    base_forward = base.forward
+    """The subclass of `base` whose forward redirects attention.
 
-    @functools.wraps(base_forward)
+    It looks the base's forward up in every call: other libraries put their own there (TeaCache does).
+    """
+
+    @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return run_redirected(self, functools.partial(base_forward, self), *args, **kwargs)
+        if not isinstance(self, cls):  # restored, while somebody kept this bound
+            return base.forward(self, *args, **kwargs)
+        return run_redirected(self, super(cls, self).forward, *args, **kwargs)
 
-    return _subclass(base, forward, redirected_class)
+    cls = _subclass(base, forward, redirected_class)
+    return cls
 
 
 @functools.cache
@@ -274,16 +279,18 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
     that stands outside already makes it none. So a mode that does nothing surrounds the model while it is traced for
     training; not for inference, because Dynamo mistakes values after a graph break inside of a mode (Mochi has one).
     """
-    base_forward = base.forward
 
-    @functools.wraps(base_forward)
+    @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, cls):
+            return base.forward(self, *args, **kwargs)
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
             with _NoRedirect():
-                return base_forward(self, *args, **kwargs)
-        return base_forward(self, *args, **kwargs)
+                return super(cls, self).forward(*args, **kwargs)
+        return super(cls, self).forward(*args, **kwargs)
 
-    return _subclass(base, forward, root_class)
+    cls = _subclass(base, forward, root_class)
+    return cls
 
 
 def _subclass(base: type[nn.Module], forward: Any, factory: Any) -> type[nn.Module]:

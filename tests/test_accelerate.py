@@ -281,6 +281,18 @@ def test_an_instance_forward_that_hides_the_class_one():
     assert torch.equal(model(*make_inputs()), dense)
 
 
+@pytest.mark.parametrize("patched", [TinyDiT, SelfAttention])
+def test_a_class_whose_forward_is_replaced(patched, monkeypatch):
+    model, (x, context), forward = accelerated(), make_inputs(), patched.forward
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = model(x, context), compiled(x, context)
+        monkeypatch.setattr(patched, "forward", lambda self, x, *rest: forward(self, x, *rest) * 2)
+        for run, before in zip((model, compiled), expected, strict=True):
+            assert not torch.allclose(run(x, context), before, rtol=0.1, atol=0.1)
+        assert len(sla_compile.report(model).rewritten) == 2
+
+
 def test_a_forward_kept_by_somebody_outlives_restore_and_a_new_instance_is_plain():
     model, (x, _) = accelerated(), make_inputs()
     attention = model.blocks[0].attn
