@@ -210,7 +210,7 @@ def _second_given(second: tuple[str, int | None] | None, args: tuple, kwargs: di
     given = kwargs.get(name)
     if given is None and position is not None and len(args) > position:
         given = args[position]
-    first = args[0] if args else next(iter(kwargs.values()), None)
+    first = args[0] if args else next((value for key, value in kwargs.items() if key != name), None)
     return None if given is None or given is first else (first, given)
 
 
@@ -293,6 +293,13 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
+class _Quiet:
+    """Keeps our subclass from a base that registers its subclasses, which would refuse or keep a second of a name."""
+
+    def __init_subclass__(cls) -> None:
+        """Does not go on to the base's."""
+
+
 def _subclass(base: type[nn.Module], forward: Any, factory: Any) -> type[nn.Module]:
     """A subclass that passes for its base: same names (save_pretrained writes them), picklable by rebuilding."""
 
@@ -304,7 +311,7 @@ def _subclass(base: type[nn.Module], forward: Any, factory: Any) -> type[nn.Modu
 
     cls: Any = type(base)(  # type: ignore[misc]
         base.__name__,
-        (base,),
+        (_Quiet, base),
         {
             "forward": forward,
             "__reduce_ex__": reduce_ex,
@@ -326,10 +333,10 @@ def attach(owner: Any, redirection: Redirection, sla: SparseLinearAttention | No
     """Redirects the owner's attention to `sla`, or with None shields it from a redirected ancestor."""
     torch.compiler.assume_constant_result(_warn_unseen)  # not where it is defined: this imports Dynamo, and so Triton
     base: Any = type(owner)
+    owner.__class__ = redirected_class(base)  # first: where a metaclass refuses it, nothing has changed
     owner._sla_redirection = redirection
     if sla is not None:
         owner.add_module(CHILD, sla)
-    owner.__class__ = redirected_class(base)
     _follow_instance_forward(owner, base.forward)
     if sla is not None:
         _pin_attention_backend(owner)

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import typing
 
 import pytest
 import torch
@@ -495,6 +496,28 @@ def test_unaccelerated_models_are_named():
     for function in (sla_compile.report, sla_compile.restore, lambda m: sla_compile.dense(m).__enter__()):
         with pytest.raises(ValueError, match="this TinyDiT was not accelerated"):
             function(build())
+
+
+def test_a_second_sequence_named_first_stays_dense():
+    layer, (x, context) = build().blocks[0].text, make_inputs()
+    expected = layer(x, context)
+    sla_compile.accelerate(layer, config=CONFIG, include="")
+    assert torch.equal(layer(context=context, x=x), expected)
+
+
+def test_a_registry_of_subclasses_does_not_hear_of_it():
+    class Registered(SelfAttention):
+        names: typing.ClassVar = []
+
+        def __init_subclass__(cls):
+            assert cls.__name__ not in Registered.names
+            Registered.names.append(cls.__name__)
+
+    class Layer(Registered):
+        pass
+
+    model = sla_compile.accelerate(nn.ModuleList([Layer()]), config=CONFIG)
+    assert Registered.names == ["Layer"] and type(model[0]).__mro__[2] is Layer
 
 
 def test_joint_attention_of_two_sequences_is_redirected():
