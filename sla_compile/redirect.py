@@ -10,6 +10,7 @@ own parameters. There is one subclass per class, because a class per instance wo
 from __future__ import annotations
 
 import functools
+import sys
 import types
 import warnings
 from collections.abc import Callable
@@ -64,6 +65,7 @@ class _AttentionMode(TorchFunctionMode):
         self.redirection = redirection
         self.second = second
         self.calls = calls
+        self.trains = torch.is_grad_enabled()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -95,6 +97,9 @@ class _AttentionMode(TorchFunctionMode):
             reason = "cross-attention: a second sequence was passed"
         else:
             reason = why_dense(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, sla.config)
+        if reason is None and self.trains and not torch.compiler.is_compiling() and _has_own_backward():
+            reason = "inside a checkpoint or autograd.Function of its owner's forward, whose backward sees no redirect"
+            self.calls.clear()  # for a warning
         if sla is not None and sla.dense and self.redirection.observer is not None:
             self.redirection.observer(reason, query, key, value, attn_mask, scale)
             reason = "inside sla_compile.dense"
@@ -109,6 +114,18 @@ class _AttentionMode(TorchFunctionMode):
             torch.ops.aten.scaled_dot_product_attention if self.redirection.nested else F.scaled_dot_product_attention
         )
         return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _has_own_backward() -> bool:
+    """Whether a torch.utils.checkpoint or autograd.Function stands between the owner's forward and this call. Its
+    backward would compute dense attention anew, and with that gradients of something else; Dynamo, too, captures it
+    dense."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code is not run_redirected.__code__:
+        if frame.f_globals.get("__name__") in ("torch.utils.checkpoint", "torch.autograd.function"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _check_alpha(sla: SparseLinearAttention, logit: Tensor, query: Tensor, redirection: Redirection) -> None:

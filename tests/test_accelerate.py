@@ -11,6 +11,7 @@ import torch
 from models import SelfAttention, TinyDiT, build, make_inputs
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import sla_compile
 from sla_compile import SLAConfig
@@ -236,6 +237,26 @@ def test_checkpointing_gives_the_same_gradients():
         model.train()(*make_inputs()).square().sum().backward()
     for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_inside_an_owner_stays_dense_in_training(reentrant):
+    """Its backward runs without the redirect: the gradients would be those of dense attention, or an error."""
+
+    class Checkpointed(SelfAttention):
+        def forward(self, x, mask=None):
+            return checkpoint(super().forward, x, mask, use_reentrant=reentrant)
+
+    attention, x = Checkpointed(), make_inputs()[0].requires_grad_()
+    expected = torch.autograd.grad(SelfAttention.forward(attention, x).square().sum(), x)
+    sla_compile.accelerate(attention, config=CONFIG)
+    with pytest.warns(UserWarning, match="checkpoint inside its own forward"):
+        attention(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, *expected)
+    assert "checkpoint or autograd.Function" in sla_compile.report(attention).rows[0].reason
+    with torch.no_grad():
+        attention(x)
+    assert sla_compile.report(attention).rewritten
 
 
 def test_hooks_fire_once_a_call():
