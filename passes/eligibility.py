@@ -33,6 +33,8 @@ def why_dense(
         return "causal attention"
     if dropout_p:
         return "attention dropout is active"
+    if query.is_nested or key.is_nested or value.is_nested:
+        return "nested tensors, whose sequences differ in length"
     if not query.dim() == key.dim() == value.dim() or query.dim() not in (3, 4):
         return "query, key and value are not all (batch, heads, tokens, head_dim)"
     if _differ(query.shape[-2], key.shape[-2]):
@@ -55,7 +57,7 @@ def why_dense(
             return "attention mask requires a gradient"
         if not is_key_padding_mask(attn_mask, query):
             return "attention mask is not a key-padding mask (batch, 1, 1, tokens)"
-    return None
+    return "the batch is empty" if 0 in query.shape else None
 
 
 def _differ(one: int, other: int) -> bool:

@@ -181,6 +181,7 @@ class _Described:
             tensor.device,
             tensor.requires_grad,
         )
+        self.is_nested = tensor.is_nested
         self._strides = tensor.stride()
 
     def dim(self) -> int:

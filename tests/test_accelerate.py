@@ -83,6 +83,23 @@ def test_short_sequences_stay_exactly_dense():
     assert not report.rewritten and "min_seq_len=64" in report.rows[0].reason
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+def test_an_empty_batch_and_packed_sequences_stay_dense():
+    class Separate(SelfAttention):
+        def forward(self, x):  # nested tensors allow neither permute nor a packed projection
+            query, key, value = (self.proj(x).unflatten(-1, (2, -1)).transpose(1, 2) for _ in range(3))
+            return F.scaled_dot_product_attention(query, key, value)
+
+    attention = Separate().eval()
+    packed = torch.nested.nested_tensor([torch.randn(200, 32), torch.randn(150, 32)], layout=torch.jagged)
+    expected = attention(packed).values()
+    sla_compile.accelerate(attention, config=CONFIG)
+    assert torch.equal(attention(packed).values(), expected)
+    assert "nested tensors" in sla_compile.report(attention).rows[0].reason
+    assert attention(torch.randn(0, 200, 32)).shape == (0, 2, 200, 16)
+    assert "empty" in sla_compile.report(attention).rows[0].reason
+
+
 def test_all_critical_equals_dense():
     inputs = make_inputs()
     expected = build()(*inputs)
