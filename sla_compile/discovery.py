@@ -54,8 +54,8 @@ def discover(model: nn.Module, example_inputs: Any) -> list[AttentionCall]:
     """The attention calls of ``model(*example_inputs)`` (or ``**``, for a dict), in order.
 
     The run happens in evaluation mode on a copy whose parameters are fake, so it takes neither memory nor time of note
-    and cannot touch what the model caches. A model that reads values (``.item()``) cannot run on fakes; then the model
-    itself runs once, without gradients.
+    and cannot touch what the model caches. A model that reads values (``.item()``) cannot run on fakes, and one that
+    holds a lock or a generator cannot be copied; then the model itself runs once, without gradients.
 
     Raises:
         TypeError: example_inputs is neither a tuple nor a dict.
@@ -81,18 +81,23 @@ def run_on_fakes(
     """
     args, kwargs = arguments(example_inputs)
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
-        copied = _copied(model, fakes)
-        fake_args, fake_kwargs = tree_map_only(Tensor, fakes.from_tensor, (args, kwargs))
         try:
-            return observe(copied if training else copied.eval(), fake_args, fake_kwargs)
-        except _NEEDS_VALUES as error:
-            logger.info("fake run of %s needs values (%s): running the model itself", type(model).__name__, error)
-        except Exception as error:
-            raise ValueError(f"the model does not run with these example_inputs: {error}") from error
+            copied = _copied(model, fakes)
+            fake_args, fake_kwargs = tree_map_only(Tensor, fakes.from_tensor, (args, kwargs))
+        except Exception as error:  # it holds a lock, a generator, an open file
+            why = f"cannot be copied with fake tensors: {error}"
+        else:
+            try:
+                return observe(copied if training else copied.eval(), fake_args, fake_kwargs)
+            except _NEEDS_VALUES as error:
+                why = f"reads tensor values in its forward: {error}"
+            except Exception as error:
+                raise ValueError(f"the model does not run with these example_inputs: {error}") from error
+    logger.info("%s %s; running the model itself", type(model).__name__, why)
     if any(t.is_meta for t in (*model.parameters(), *tree_leaves((args, kwargs))) if isinstance(t, Tensor)):
         raise ValueError(
-            "the model reads tensor values in its forward, which meta tensors do not have; accelerate it without "
-            "example_inputs (include= and exclude= choose), or after its weights are loaded"
+            f"meta tensors hold no values to run the model itself with, as must be because it {why}\n"
+            "accelerate it without example_inputs (include= and exclude= choose), or after its weights are loaded"
         )
     was_training = {module: module.training for module in model.modules()}
     try:

@@ -212,8 +212,9 @@ def _new_parameters(name: str, module: nn.Module, config: SLAConfig, sizes: Size
     """
     if hasattr(module, CHILD):
         raise ValueError(f"{name} already has an attribute named {CHILD!r}, which would hold the new parameters")
-    own = [p for p in module.parameters() if p.dtype in _PARAMETER_DTYPES]
-    device = own[0].device if own else None
+    all_own = list(module.parameters())
+    own = [p for p in all_own if p.dtype in _PARAMETER_DTYPES]
+    device = (own or all_own)[0].device if all_own else None  # of quantized weights, too, which have no dtype for ours
     hook: Any = getattr(module, "_hf_hook", None) or next(
         (child._hf_hook for child in module.modules() if hasattr(child, "_hf_hook")), None
     )

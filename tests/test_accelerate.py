@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import threading
 import typing
 
 import pytest
@@ -230,6 +231,26 @@ def test_meta_model_is_filled_by_loading_or_to_empty():
     assert torch.equal(model(*inputs), expected(*inputs))
     again.to_empty(device="cpu").load_state_dict(expected.state_dict())
     assert torch.equal(again(*inputs), expected(*inputs))
+
+
+def test_a_model_that_cannot_be_copied_runs_itself():
+    for device in ("cpu", "meta"):
+        model = build().to(device)
+        model.lock = threading.Lock()
+        examples = tuple(tensor.to(device) for tensor in make_inputs())
+        if device == "cpu":
+            sla_compile.accelerate(model, config=CONFIG, example_inputs=examples)
+            assert names(sla_compile.report(model)) == ATTENTIONS
+        else:
+            with pytest.raises(ValueError, match="(?s)no values to run.*cannot pickle.*without example_inputs"):
+                sla_compile.accelerate(model, config=CONFIG, example_inputs=examples)
+
+
+def test_parameters_are_made_where_quantized_weights_are():
+    model = build()
+    for block in model.blocks:
+        block.attn.to("meta", torch.float8_e4m3fn)
+    assert all(p.is_meta for p in sla_compile.parameters(sla_compile.accelerate(model, config=CONFIG)))
 
 
 def test_training_reaches_every_parameter():
