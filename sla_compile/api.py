@@ -17,7 +17,7 @@ from sla_compile.config import SLAConfig
 from sla_compile.module import ROUTERS, SparseLinearAttention
 from sla_compile.passes.sites import Site
 from sla_compile.plan import Planned, Sizes, plan_module
-from sla_compile.redirect import Redirection, attach, attach_root, detach, is_changed
+from sla_compile.redirect import Redirection, attach, attach_root, detach, is_changed, is_ours
 from sla_compile.report import Report
 
 logger = logging.getLogger(__name__)
@@ -138,6 +138,7 @@ def report(model: Any) -> Report:
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
         return _graph_report(model)
+    model = unwrapped(model)
     state = _acceleration(model)
     modules = dict(model.named_modules())
     return Report(state.title, tuple(_refreshed(site, modules.get(site.name)) for site in state.sites))
@@ -189,11 +190,18 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: `model` was not accelerated.
+        RuntimeError: something changed a class after accelerate, as fully_shard does; nothing is taken back then.
     """
     _acceleration(model)
-    for module in list(model.modules()):
-        if is_changed(module):
-            detach(module)
+    changed = {name: module for name, module in model.named_modules() if is_changed(module)}
+    for name, module in changed.items():
+        if not is_ours(type(module)):
+            raise RuntimeError(
+                f"the class of {name or 'the model'} was changed after accelerate, to {type(module).__name__}, and "
+                "restore would take that back, too; restore before fully_shard and the like"
+            )
+    for module in changed.values():
+        detach(module)
     del model.__dict__["_sla_acceleration"]
     return model
 
@@ -204,7 +212,7 @@ def dense(model: nn.Module) -> Iterator[nn.Module]:
 
     A compiled model compiles once for each of the two.
     """
-    _acceleration(model)
+    _acceleration(unwrapped(model))
     modules = [module for module in model.modules() if isinstance(module, SparseLinearAttention)]
     before = [module.dense for module in modules]
     for module in modules:
@@ -310,8 +318,24 @@ def _apply(model: nn.Module, planned: Sequence[Planned]) -> None:
 def _acceleration(model: nn.Module) -> Acceleration:
     state = model.__dict__.get("_sla_acceleration") if isinstance(model, nn.Module) else None
     if state is None:
-        raise ValueError(f"this {type(model).__name__} was not accelerated by sla_compile.accelerate")
+        inner = unwrapped(model)
+        hint = "" if inner is model else f", but the {type(inner).__name__} inside of it was: pass that"
+        raise ValueError(f"this {type(model).__name__} was not accelerated by sla_compile.accelerate{hint}")
     return state
+
+
+def unwrapped(model: Any) -> Any:
+    """The accelerated module inside of the wrappers of torch.compile, DDP, AveragedModel and peft, whose prefixes its
+    names do without; `model` itself where there is none."""
+    inner = model
+    while isinstance(inner, nn.Module) and "_sla_acceleration" not in inner.__dict__:
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif set(inner._modules) in ({"_orig_mod"}, {"module"}):
+            inner = next(iter(inner._modules.values()))
+        else:
+            return model
+    return inner
 
 
 def _refreshed(site: Site, module: nn.Module | None) -> Site:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sla_compile.api import Choice, accelerate_module
+from sla_compile.api import Choice, accelerate_module, unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.module import SparseLinearAttention
 from sla_compile.plan import Sizes
@@ -26,11 +26,13 @@ _FORMAT = 1
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes the parameters that :func:`sla_compile.accelerate` added, with each attention's configuration.
 
-    The file appears whole or not at all.
+    The file appears whole or not at all. A model may be wrapped by torch.compile, DDP or peft: names in the file are
+    those without the wrapper. Of one that fully_shard shards, every rank has to call this, to gather the shards.
 
     Raises:
         ValueError: `model` was not accelerated, or its added parameters are on the meta device.
     """
+    model = unwrapped(model)
     modules = _owners(model)
     if not modules:
         raise ValueError(f"this {type(model).__name__} has no attention accelerated by sla_compile.accelerate")
@@ -39,7 +41,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, parameter in module.named_parameters():
             if parameter.is_meta:
                 raise ValueError(f"{owner}: its parameters are on the meta device and have no values to save")
-            tensors[_join(owner, name)] = parameter.detach().cpu().contiguous()
+            whole: Any = parameter.full_tensor() if _is_sharded(parameter) else parameter
+            tensors[_join(owner, name)] = whole.detach().cpu().contiguous()
     sites = {owner: _described(module) for owner, module in modules.items()}
     header = {"format": _FORMAT, "model": type(model).__name__, "sites": sites}
     path = Path(path)
@@ -61,6 +64,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     header, tensors = _read(path)
     sites: dict[str, dict[str, Any]] = header["sites"]
+    given, model = model, unwrapped(model)
     modules = _owners(model)
     fresh = not modules
     if fresh:
@@ -81,12 +85,25 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     for owner, module in modules.items():
         for name, parameter in list(module.named_parameters()):
             value = tensors[_join(owner, name)]
+            if _is_sharded(parameter):
+                value = _sharded_like(parameter, value)
             if parameter.is_meta:
                 setattr(module, name, nn.Parameter(value, parameter.requires_grad))
             else:
                 with torch.no_grad():
                     parameter.copy_(value)
-    return model
+    return given
+
+
+def _is_sharded(parameter: Any) -> bool:
+    """Whether it is a DTensor, whose module is not imported for this."""
+    return hasattr(parameter, "full_tensor")
+
+
+def _sharded_like(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def _described(module: SparseLinearAttention) -> dict[str, Any]:
@@ -143,6 +160,8 @@ def _check_sites(path: Any, header: dict, model: nn.Module, modules: dict, tenso
                 _mismatch(path, header, model, f"{owner} has {module.config} but the file {sites[owner]['config']}")
             )
         for name, parameter in module.named_parameters():
+            if parameter.is_meta and _is_sharded(parameter):
+                raise ValueError(f"{owner}: its parameters are sharded and on the meta device; call to_empty first")
             value = tensors.get(_join(owner, name))
             if value is None or value.shape != parameter.shape:
                 found = "nothing" if value is None else tuple(value.shape)

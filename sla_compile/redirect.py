@@ -391,9 +391,14 @@ def detach(module: Any) -> None:
     module._modules.pop(CHILD, None)
 
 
+def is_ours(cls: type) -> bool:
+    """Whether :func:`attach` or :func:`attach_root` gives modules this class."""
+    return "_sla_base" in cls.__dict__
+
+
 def is_changed(module: nn.Module) -> bool:
-    """Whether the module's class is one of ours."""
-    return "_sla_base" in type(module).__dict__ or any("_sla_base" in c.__dict__ for c in type(module).__mro__)
+    """Whether the module's class is one of ours, or was made of one."""
+    return any(map(is_ours, type(module).__mro__))
 
 
 def _follow_instance_forward(module: nn.Module, base_forward: Any, wrap: bool = True) -> None:

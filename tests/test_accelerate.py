@@ -458,6 +458,20 @@ def test_save_and_load(tmp_path):
     assert not any(p.is_meta for p in sla_compile.parameters(other))
 
 
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_wrappers_are_looked_through(wrap, tmp_path):
+    model, inputs, path = accelerated(), make_inputs(), tmp_path / "sla.safetensors"
+    wrapped = wrap(model)
+    sla_compile.save(wrapped, path)
+    assert torch.equal(sla_compile.load(build(), path)(*inputs), model(*inputs))
+    assert sla_compile.load(wrap(sla_compile.accelerate(build(), config=CONFIG)), path) is not model
+    assert names(sla_compile.report(wrapped)) == ATTENTIONS
+    with sla_compile.dense(wrapped):
+        assert torch.equal(model(*inputs), build()(*inputs))
+    with pytest.raises(ValueError, match="but the TinyDiT inside of it was: pass that"):
+        sla_compile.restore(wrapped)
+
+
 def test_load_refuses_what_does_not_belong(tmp_path):
     path = tmp_path / "sla.safetensors"
     sla_compile.save(accelerated(), path)

@@ -186,6 +186,23 @@ def test_lora(when):
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # about the model's own output
+def test_sharded_parameters_are_saved_and_loaded(one_rank, tmp_path, expected):
+    from torch.distributed.fsdp import fully_shard
+
+    trained, other = accelerated(), accelerated(trained=False)
+    for model in (trained, other):
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+    sla_compile.save(trained, tmp_path / "sla.safetensors")
+    for model in (other, build()):
+        assert torch.equal(run(sla_compile.load(model, tmp_path / "sla.safetensors")), expected)
+    with pytest.raises(RuntimeError, match="the class of the model was changed after accelerate, to FSDPWan"):
+        sla_compile.restore(other)
+    assert torch.equal(run(other), expected)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # about the model's own output
 def test_fully_shard_afterwards(one_rank, expected):
     from torch.distributed.fsdp import fully_shard
 
