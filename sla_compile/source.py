@@ -21,7 +21,7 @@ def names_used(caller: Any, followed: int = 3) -> set[str]:
     """Names of functions and attributes in the code behind a call of `caller`, a module or any other callable.
 
     It follows what the code refers to by name, so many calls deep: methods and callable attributes of `caller`,
-    functions of its file.
+    functions of its file. A function that goes by another name there counts by its own, too.
     """
     used: set[str] = set()
     pending = [(caller, caller, followed)]  # what is called, the object that its `self` is, calls left to follow
@@ -39,6 +39,7 @@ def names_used(caller: Any, followed: int = 3) -> set[str]:
             if value is None:
                 value = function.__globals__.get(name)
             if callable(value) and not inspect.isclass(value):
+                used.add(getattr(value, "__name__", name))
                 pending.append((value, owner if inspect.isroutine(value) else value, left - 1))
     return used
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from sla_compile.source import ATTENTION, concatenates, names_used, passes
 
@@ -76,13 +77,19 @@ class ThroughAnAttribute(Projections):
         return self.function(self.to_q(x), self.to_k(x), self.to_v(x))
 
 
+class ThroughAnotherName(Projections):
+    def forward(self, x):
+        return sdpa(self.to_q(x), self.to_k(x), self.to_v(x))
+
+
 class Softmax(Projections):
     def forward(self, x):
         return torch.softmax(self.to_q(x) @ self.to_k(x).mT, -1) @ self.to_v(x)
 
 
 @pytest.mark.parametrize(
-    ("owner", "calls"), [(Joint, True), (ThroughAFunction, True), (ThroughAnAttribute, True), (Softmax, False)]
+    ("owner", "calls"),
+    [(Joint, True), (ThroughAFunction, True), (ThroughAnAttribute, True), (ThroughAnotherName, True), (Softmax, False)],
 )
 def test_names_used_follows_methods_functions_and_attributes(owner, calls):
     used = names_used(owner())
