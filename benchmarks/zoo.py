@@ -123,6 +123,7 @@ def measure(name: str) -> dict[str, Any]:
 
 def accelerated(name: str, config: SLAConfig, inputs: dict | None) -> tuple[nn.Module, set[str]]:
     """The accelerated model, with a projection that is not zero, and the warnings on the way."""
+    config = zoo.chosen(name, config)
     model, caught = _warned(
         lambda: sla_compile.accelerate(zoo.build(name), config=config, example_inputs=inputs, allow_no_match=True)
     )

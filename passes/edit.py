@@ -13,6 +13,7 @@ from torch._guards import detect_fake_mode
 from sla_compile.config import SLAConfig
 from sla_compile.module import SparseLinearAttention
 from sla_compile.ops import op_scalars
+from sla_compile.passes.eligibility import DIFFERENT_KEYS
 from sla_compile.passes.find import Match
 from sla_compile.passes.layout import Operand
 from sla_compile.passes.nodes import hint, is_idle, mutates, same, same_shape
@@ -191,10 +192,34 @@ class _Edit:
                 mask = self._call(output, aten.logical_not.default, mask)
             if flat and len(match.mask.shape) == 3:
                 mask = self._call(output, aten.unsqueeze.default, mask, 1)
+        valid = None
+        if match.mask is not None and match.mask.written_out:
+            mask, valid = self._from_written_out(mask, match.name, output)
         result = self._op(output, operands, mask, self._scale(match, output), config, parameters, match.query.shape[-1])
+        if valid is not None:
+            hidden = self._call(output, aten.logical_not.default, valid)
+            result = self._call(output, aten.masked_fill.Scalar, result, hidden, 0)
         if flat:
             result = self._call(output, aten.squeeze.dim, result, 1)
         return self._views(result, match.views, output)
+
+    def _from_written_out(self, mask: fx.Node, site: str, output: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+        """As :func:`sla_compile.passes.eligibility.from_written_out`, of four dimensions."""
+        for _ in range(4 - self.values[mask].dim()):
+            mask = self._call(output, aten.unsqueeze.default, mask, 0)
+        valid = None
+        if self.values[mask].dtype == torch.bool:
+            keys = self._call(output, aten.any.dims, mask, [1, 2], True)
+            valid = self._call(output, aten.any.dims, mask, [1, 3], True)
+            same = self._call(output, aten.eq.Tensor, mask, self._call(output, aten.logical_and.default, keys, valid))
+        else:
+            keys = mask
+            for dim in (1, 2):
+                keys = self._call(output, aten.slice.Tensor, keys, dim, 0, 1)
+            same = self._call(output, aten.eq.Tensor, mask, keys)
+        holds = self._call(output, aten.all.default, same)
+        self._call(output, aten._assert_async.msg, holds, f"{site}: {DIFFERENT_KEYS}")
+        return keys, valid
 
     def _op(
         self,

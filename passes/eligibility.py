@@ -8,6 +8,8 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from sla_compile.config import MAX_HEAD_DIM, SLAConfig
 
+DIFFERENT_KEYS = "padding_masks=True is not for it: its mask hides other keys from other queries"
+
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
@@ -56,7 +58,11 @@ def why_dense(
         if attn_mask.requires_grad:
             return "attention mask requires a gradient"
         if not is_key_padding_mask(attn_mask, query):
-            return "attention mask is not a key-padding mask (batch, 1, 1, tokens)"
+            reason = "attention mask is not a key-padding mask (batch, 1, 1, tokens)"
+            if not is_written_out(attn_mask, query):
+                return reason
+            if not config.padding_masks:
+                return f"{reason}; where it is one, written out for each query, choose padding_masks=True"
     return "the batch is empty" if 0 in query.shape else None
 
 
@@ -88,3 +94,32 @@ def is_key_padding_mask(mask: Tensor, query: Tensor) -> bool:
     if any(mask.shape[dim] != 1 and mask.stride(dim) != 0 for dim in shared):
         return False
     return mask.dim() < query.dim() or mask.shape[0] == 1 or mask.shape[0] == query.shape[0]
+
+
+def is_written_out(mask: Tensor, query: Tensor) -> bool:
+    """Whether `mask` has the shape of scores: then it may be a key-padding mask, written out for heads and queries."""
+    if not 2 <= mask.dim() <= query.dim() or (mask.dtype != torch.bool and not mask.is_floating_point()):
+        return False
+    scores = (*query.shape[:-1], query.shape[-2])[-mask.dim() :]
+    return mask.shape[-1] == scores[-1] and all(m in (1, s) for m, s in zip(mask.shape, scores, strict=True))
+
+
+def from_written_out(mask: Tensor, query: Tensor, site: str) -> tuple[Tensor, Tensor | None]:
+    """The key-padding mask that `mask` is written out from, and which queries have keys; None where all have.
+
+    Raises:
+        RuntimeError: queries have different keys; on a GPU where the work on it ends.
+    """
+    shared = [-2, -3] if query.dim() == 4 and mask.dim() > 2 else [-2]
+    valid = None
+    if mask.dtype == torch.bool:
+        keys = mask.any(shared, keepdim=True)
+        valid = mask.any([-1, *shared[1:]], keepdim=True)
+        same = mask == keys & valid
+    else:
+        keys = mask
+        for dim in shared:
+            keys = keys.narrow(dim, 0, 1)
+        same = mask == keys
+    torch._assert_async(same.all(), f"{site}: {DIFFERENT_KEYS}")
+    return keys, valid

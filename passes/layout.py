@@ -42,11 +42,13 @@ class Operand:
 
 @dataclass
 class Mask:
-    """A tensor of the scores' frame; `hides` means that True takes a key out."""
+    """A tensor of the scores' frame; `hides` means that True takes a key out, `written_out` that it has a row for each
+    query."""
 
     node: fx.Node
     hides: bool
     shape: tuple
+    written_out: bool = False
 
 
 @dataclass

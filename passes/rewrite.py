@@ -23,7 +23,7 @@ from sla_compile.config import SLAConfig
 from sla_compile.kernels.spec import num_blocks
 from sla_compile.module import NAMES, SparseLinearAttention
 from sla_compile.passes.edit import Edits, can_pass_operands
-from sla_compile.passes.eligibility import DTYPES, why_dense
+from sla_compile.passes.eligibility import DTYPES, is_key_padding_mask, why_dense
 from sla_compile.passes.find import Match, find_attention, owner
 from sla_compile.passes.layout import Operand
 from sla_compile.passes.nodes import hint, same
@@ -167,6 +167,8 @@ def _why_dense(match: Match, config: SLAConfig, may_guard: bool) -> str:
         mask_shape = tuple(hint(size) for size in mask_shape)
     query, key, value = (_Described(shape, value) for shape, value in zip(shapes, values, strict=True))
     mask = None if mask_value is None else _Described(mask_shape, mask_value)
+    if match.mask is not None:
+        match.mask.written_out = not is_key_padding_mask(mask, query)  # type: ignore[arg-type]
     flags = (match.dropout_p, match.is_causal, match.enable_gqa, config)
     return why_dense(query, key, value, mask, *flags) or ""  # type: ignore[arg-type]
 

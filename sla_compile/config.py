@@ -42,6 +42,9 @@ class SLAConfig:
         pinned: tokens at the (start, end) of the sequence that stay exact: every query attends to their blocks and
             their queries attend to everything. For joint text and video sequences. An int means the start.
         min_seq_len: shorter sequences, in tokens, stay dense.
+        padding_masks: whether a mask that is written out for each query, (batch, 1 or heads, L, L), which stays dense
+            otherwise, is taken for a key-padding mask. Every call asserts that all queries have the same keys or, where
+            the mask is bool, none: the output of those is zero.
         alpha_per: what shares an alpha of SLA2: a whole ``"head"``, which fits every length, or a head's query
             ``"block"`` (the paper), which binds the parameters to one length.
         low_bit: precision of the sparse branch's forward: ``None`` (as the inputs), ``"int8"`` or ``"fp8"``.
@@ -61,6 +64,7 @@ class SLAConfig:
     critical_blocks: int | None = None
     pinned: tuple[int, int] = (0, 0)
     min_seq_len: int = 4096
+    padding_masks: bool = False
     alpha_per: str = "head"
     low_bit: str | None = None
 
@@ -85,6 +89,8 @@ class SLAConfig:
             _check_count("critical_blocks", self.critical_blocks, minimum=1)
         _check_choice("low_bit", self.low_bit, LOW_BIT)
         _check_count("min_seq_len", self.min_seq_len, minimum=1)
+        if not isinstance(self.padding_masks, bool):
+            raise TypeError(f"padding_masks must be True or False, got {self.padding_masks!r}")
         pinned = (self.pinned, 0) if isinstance(self.pinned, int) else self.pinned
         if not isinstance(pinned, (tuple, list)) or len(pinned) != 2:
             raise TypeError(f"pinned must be an int or a (start, end) pair of token counts, got {self.pinned!r}")

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from sla_compile.functional import why_alpha_does_not_fit
 from sla_compile.module import SparseLinearAttention
-from sla_compile.passes.eligibility import why_dense
+from sla_compile.passes.eligibility import from_written_out, is_key_padding_mask, why_dense
 
 CHILD = "sla"  # the name under which an owner holds its SparseLinearAttention
 _NATIVE_BACKEND = "native"  # diffusers' name for scaled_dot_product_attention
@@ -100,6 +100,11 @@ class _AttentionMode(TorchFunctionMode):
         if reason is None and self.trains and not torch.compiler.is_compiling() and _has_own_backward():
             reason = "inside a checkpoint or autograd.Function of its owner's forward, whose backward sees no redirect"
             self.calls.clear()  # for a warning
+        valid = None
+        if reason is None and attn_mask is not None and not is_key_padding_mask(attn_mask, query):
+            # A name that Dynamo reads is one that it compiles each block for.
+            site = "an attention" if torch.compiler.is_compiling() else self.redirection.name or "the model"
+            attn_mask, valid = from_written_out(attn_mask, query, site)
         if sla is not None and sla.dense and self.redirection.observer is not None:
             self.redirection.observer(reason, query, key, value, attn_mask, scale)
             reason = "inside sla_compile.dense"
@@ -108,7 +113,8 @@ class _AttentionMode(TorchFunctionMode):
         if sla is not None and reason is None:
             if sla.alpha_logit is not None:
                 _check_alpha(sla, sla.alpha_logit, query, self.redirection)
-            return sla(query, key, value, attn_mask, scale, enable_gqa)
+            output = sla(query, key, value, attn_mask, scale, enable_gqa)
+            return output if valid is None else output.masked_fill(~valid, 0)
         # Under a redirected ancestor the function would be caught again by the ancestor's mode; the operator is not.
         dense = (
             torch.ops.aten.scaled_dot_product_attention if self.redirection.nested else F.scaled_dot_product_attention

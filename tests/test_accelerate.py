@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import SelfAttention, TinyDiT, build, make_inputs
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -130,6 +131,73 @@ def test_masks():
     assert sla_compile.report(attention).rewritten
     assert torch.equal(attention(x, square), expected[1])
     assert "key-padding" in sla_compile.report(attention).rows[0].reason
+
+
+WRITTEN_OUT = SLAConfig(critical_blocks=100, min_seq_len=64, padding_masks=True)
+
+
+def padding(batch=2, length=200):
+    """Key-padding masks (batch, 1, 1, length), the second of 150 tokens."""
+    return torch.arange(length) < torch.tensor([length, 150])[:batch, None, None, None]
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "exported"])
+@pytest.mark.parametrize("kind", ["bool", "bool for heads", "float"])
+def test_padding_masks_written_out_for_queries(kind, way):
+    attention, (x, _) = SelfAttention().eval(), make_inputs(batch=2)
+    keys, mask = padding(), padding() & padding().mT  # padded queries see nothing, as models write it
+    if kind == "bool for heads":
+        mask = mask.repeat(1, 2, 1, 1)
+    elif kind == "float":
+        mask = torch.zeros(()).masked_fill(~keys, -torch.inf).repeat(1, 1, 200, 1)
+    expected = attention(x, mask)
+    plain = sla_compile.accelerate(copy.deepcopy(attention), config=WRITTEN_OUT)
+    plain(x, mask)
+    sla_compile.accelerate(attention, config=WRITTEN_OUT.replace(padding_masks=False))
+    assert torch.equal(attention(x, mask), expected)
+    assert "choose padding_masks=True" in sla_compile.report(attention).rows[0].reason
+    run = {
+        "eager": lambda: plain,
+        "compiled": lambda: torch.compile(plain, fullgraph=True, backend="aot_eager"),
+        "exported": lambda: torch.export.export(plain, (x, mask)).module(),
+    }[way]()
+    torch.testing.assert_close(run(x, mask), expected, rtol=1e-5, atol=1e-5)
+    assert sla_compile.report(plain).rewritten
+    torch.testing.assert_close(run(x, mask)[0], plain(x, keys)[0])
+    different = mask.tril() if kind != "float" else mask.masked_fill(~torch.ones(200, 200, dtype=torch.bool).tril(), 1)
+    with pytest.raises(RuntimeError, match="hides other keys from other queries"):
+        run(x, different)
+
+
+def test_compiled_blocks_with_padding_masks_share_a_graph():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(SelfAttention() for _ in range(3))
+
+        def forward(self, x, mask):
+            for block in self.blocks:
+                x = block(x, mask)
+            return x
+
+    model, (x, _) = sla_compile.accelerate(Stack().eval(), config=WRITTEN_OUT), make_inputs(batch=2)
+    expected = model(x, padding() & padding().mT)
+    graphs = CompileCounter()
+    for block in model.blocks:
+        block.compile(backend=graphs, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, padding() & padding().mT), expected)
+    assert graphs.frame_count == 1
+
+
+def test_masks_that_cannot_be_padding_stay_dense():
+    attention, (x, _) = SelfAttention().eval(), make_inputs(batch=2)
+    mask = torch.ones(200, 200, dtype=torch.uint8)
+    config = WRITTEN_OUT
+    plain = sla_compile.accelerate(attention, config=config)
+    with pytest.raises(RuntimeError, match="attn_mask dtype"):  # of dense attention's
+        plain(x, mask)
+    assert sla_compile.report(plain).rows[0].reason == "attention mask is not a key-padding mask (batch, 1, 1, tokens)"
 
 
 def test_include_exclude_and_per_site():

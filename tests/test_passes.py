@@ -250,6 +250,31 @@ def test_shared_heads_and_missing_heads():
     torch.testing.assert_close(result, wanted[:, 0])
 
 
+class WrittenOut(nn.Module):
+    def forward(self, q, keep, additive):
+        mask = q.new_zeros(LENGTH, LENGTH).masked_fill(~keep, -torch.inf) if additive else keep & keep.mT
+        return F.scaled_dot_product_attention(q, q * 2, q, attn_mask=mask)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+def test_padding_masks_written_out_for_queries(additive, flat):
+    config = CONFIG.replace(linear="none", padding_masks=True)
+    q, keep = torch.randn(2, 4, LENGTH, 16), valid((LENGTH, 100))[:, None, None]
+    if flat:
+        q, keep = q[:, 0], keep[:, 0]
+    model = torch.compile(WrittenOut(), backend=Rewriting(lambda name: config), fullgraph=True)
+    wanted = q if q.dim() == 4 else q[:, None]
+    wanted = sla_compile.sparse_linear_attention(
+        wanted, wanted * 2, wanted, config=config, key_padding_mask=keep if keep.dim() == 4 else keep[:, None]
+    )
+    if not additive:
+        wanted = wanted.masked_fill(~(keep if keep.dim() == 4 else keep[:, None]).mT, 0)
+    torch.testing.assert_close(model(q, keep, additive), wanted.view_as(q))
+    with pytest.raises(RuntimeError, match="hides other keys from other queries"):
+        model(q, keep.expand(*keep.shape[:-2], LENGTH, LENGTH).tril(), additive)
+
+
 def test_choices_by_owner():
     graph = captured(Twice(), inputs())
     sites = accelerate_graph(graph, lambda name: "excluded" if name == "second" else CONFIG.replace(sparsity=0.9))

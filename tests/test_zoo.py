@@ -26,6 +26,7 @@ every_model = pytest.mark.parametrize("name", zoo.ZOO, ids=lambda name: name.rep
 
 def accelerate(name, config, example_inputs=None):
     """The model accelerated, with projections that are not zero, so that they matter where blocks are marginal."""
+    config = zoo.chosen(name, config)
     model = sla_compile.accelerate(zoo.build(name), config=config, example_inputs=example_inputs, allow_no_match=True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -7,6 +7,7 @@ it tells variants of one class apart.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sla_compile import SLAConfig
+
 MIN_SEQ_LEN = 64
 TEXT = 13  # tokens of a prompt
+PADDING_MASKS = " padding_masks"  # ends the names of those that are tried with padding_masks=True, too
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ def build(name: str) -> nn.Module:
     return model.eval()
 
 
+def chosen(name: str, config: SLAConfig) -> SLAConfig:
+    """The configuration for one model."""
+    return config.replace(padding_masks=name.endswith(PADDING_MASKS))
+
+
 def inputs(name: str, extra: int = 0) -> dict[str, Any]:
     """Keyword arguments of the forward, the same at every call."""
     with torch.random.fork_rng(devices=[]):
@@ -68,6 +77,10 @@ def outputs(result: Any) -> list[Tensor]:
 
 def _add(family: str, name: str, rewritten: int, config: dict[str, Any], arguments: Callable[[int], Any]) -> None:
     ZOO[name] = Entry(family, rewritten, config, arguments)
+
+
+def _add_padding_masks(name: str, rewritten: int) -> None:
+    ZOO[name + PADDING_MASKS] = dataclasses.replace(ZOO[name], rewritten=rewritten)
 
 
 _r = torch.randn
@@ -171,6 +184,7 @@ _add("Hunyuan", "HunyuanVideo15Transformer3DModel", 0,
      {key: value for key, value in _HUNYUAN.items()
       if key not in ("num_single_layers", "guidance_embeds", "pooled_projection_dim")}
      | {"in_channels": 9, "patch_size": 1, "num_layers": 2, "text_embed_2_dim": 16, "image_embed_dim": 8}, _hunyuan15)
+_add_padding_masks("HunyuanVideo15Transformer3DModel", 2)
 _add("Hunyuan", "HunyuanVideoFramepackTransformer3DModel", 2,
      _HUNYUAN | {"has_image_proj": True, "image_proj_dim": 8, "has_clean_x_embedder": True},
      lambda n: _hunyuan(n, 11, image_embeds=_r(1, 7, 8), indices_latents=torch.arange(5 + 2 * n) + 1,
@@ -285,6 +299,7 @@ def _allegro(n: int, **more: Any) -> dict[str, Any]:
 _add("Video", "AllegroTransformer3DModel", 2, _ALLEGRO, _allegro)
 _add("Video", "AllegroTransformer3DModel masked", 0, _ALLEGRO,
      lambda n: _allegro(n, attention_mask=(torch.arange(16) < 12).expand(1, 5 + 2 * n, 12, 16)))
+_add_padding_masks("AllegroTransformer3DModel masked", 2)
 _add("Video", "LatteTransformer3DModel", 2,
      {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2,
       "sample_size": 24, "patch_size": 2, "num_embeds_ada_norm": 10, "norm_type": "ada_norm_single",
@@ -379,6 +394,7 @@ _CHROMA = _FLUX | {"approximator_num_channels": 8, "approximator_hidden_dim": 16
 _add("Flux", "ChromaTransformer2DModel", 2, _CHROMA, _flux)
 _add("Flux", "ChromaTransformer2DModel masked", 0, _CHROMA,
      lambda n: _flux(n, attention_mask=torch.cat([_valid(9), torch.ones(1, (12 + 2 * n) * 14, dtype=torch.bool)], 1)))
+_add_padding_masks("ChromaTransformer2DModel masked", 2)
 _add("Flux", "BriaTransformer2DModel", 2, _FLUX, _flux)
 _add("Flux", "BriaFiboTransformer2DModel", 2, _FLUX | {"text_encoder_dim": 12},
      lambda n: _flux(n, text_encoder_layers=[_r(1, TEXT, 12) for _ in range(2)]))
