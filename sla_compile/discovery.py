@@ -138,10 +138,13 @@ def _copied(model: nn.Module, fakes: FakeTensorMode) -> nn.Module:
     with _FakeCopies(fakes):
         copied = copy.deepcopy(model, memo)
         for name, module in hooked.items():
-            innermost = module.__dict__["_diffusers_hook"]._fn_refs[0]
-            state = copied.get_submodule(name).__dict__
-            state["forward"] = copy.deepcopy(innermost.original_forward or innermost.forward, memo)
-            del state["_diffusers_hook"]
+            registry, bare = module.__dict__["_diffusers_hook"], copied.get_submodule(name)
+            innermost = registry._fn_refs[0]
+            bare.__dict__["forward"] = copy.deepcopy(innermost.original_forward or innermost.forward, memo)
+            del bare.__dict__["_diffusers_hook"]
+            for hook in registry.hooks.values():
+                if hasattr(hook, "compute_dtype"):  # layerwise casting, to which the storage is no dtype to compute in
+                    bare.to(hook.compute_dtype)
     return copied
 
 

@@ -144,7 +144,7 @@ def test_cache_hooks_on_attentions(when, expected):
     assert torch.equal(run(model), run(build()))
 
 
-@pytest.mark.parametrize("hooks", ["cache", "group offload"])
+@pytest.mark.parametrize("hooks", ["cache", "group offload", "layerwise casting"])
 def test_examples_for_a_model_with_hooks(hooks, expected):
     """A copy's hooks would run the original, where no attention can be told from another."""
     from diffusers import FirstBlockCacheConfig
@@ -152,8 +152,10 @@ def test_examples_for_a_model_with_hooks(hooks, expected):
     model = build()
     if hooks == "cache":
         model.enable_cache(FirstBlockCacheConfig())
-    else:
+    elif hooks == "group offload":
         model.enable_group_offload(torch.device("cpu"), num_blocks_per_group=1)
+    else:
+        model.enable_layerwise_casting(storage_dtype=torch.float64, compute_dtype=torch.float32)
     sla_compile.accelerate(model, config=CONFIG, example_inputs=make_inputs())
     assert [site.name for site in sla_compile.report(model).rewritten] == ["blocks.0.attn1", "blocks.1.attn1"]
     copy_parameters(accelerated(), model)
