@@ -23,6 +23,8 @@ from sla_compile.report import Report
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model")
+LOST = "its redirect is gone: the module was replaced or its class changed after accelerate"
+
 Patterns = str | Sequence[str] | Callable[[str, nn.Module | None], bool]
 
 
@@ -101,8 +103,8 @@ def accelerate(
         return model
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"accelerate takes an nn.Module, fx.GraphModule or ExportedProgram, got {type(model).__name__}; for a "
-            'plain function use torch.compile(function, backend="sla")'
+            f"accelerate takes an nn.Module, fx.GraphModule or ExportedProgram, got {type(model).__name__}; of a "
+            'pipeline pass its transformer, and for a plain function use torch.compile(function, backend="sla")'
         )
     accelerate_module(model, choice, origin, example_inputs=example_inputs, allow_no_match=allow_no_match)
     return model
@@ -339,8 +341,12 @@ def unwrapped(model: Any) -> Any:
 
 
 def _refreshed(site: Site, module: nn.Module | None) -> Site:
-    """The site with what the last eager call was, where there was one."""
+    """The site with what the last eager call was, where there was one, or that its module is another now."""
+    if module is not None and not is_changed(module):
+        module = getattr(module, "base_layer", module)  # peft wraps an nn.MultiheadAttention
     redirection: Redirection | None = getattr(module, "_sla_redirection", None)
+    if site.rewritten and redirection is None:
+        return site.replace(rewritten=False, reason=LOST, config="")
     if redirection is None or redirection.seen is None or not site.rewritten:
         return site
     shape, keys, reason = redirection.seen

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from sla_compile.api import Acceleration, Choice, Patterns
+from sla_compile.api import LOST, Acceleration, Choice, Patterns
 from sla_compile.config import SLAConfig
 from sla_compile.discovery import AttentionCall, _Observer, _scopes, run_on_fakes
 from sla_compile.module import SparseLinearAttention
@@ -30,7 +30,6 @@ UNSEEN = (
     "cached result, or a forward that does not use it with these inputs"
 )
 NOT_FOUND = "not found when the model was accelerated: pass example_inputs to accelerate"
-LOST = "its redirect is gone: the module was replaced or its class changed after accelerate"
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,15 @@ def test_report_shows_shapes_after_a_run():
     )
 
 
+def test_report_of_replaced_and_removed_modules():
+    model = accelerated()
+    model.blocks[0].attn = SelfAttention()
+    del model.blocks[1]
+    assert [row.reason for row in sla_compile.report(model)][::2] == [
+        "its redirect is gone: the module was replaced or its class changed after accelerate"
+    ] * 2
+
+
 def test_masks():
     attention, (x, _) = SelfAttention().eval(), make_inputs(batch=2)
     padding = torch.ones(2, 1, 1, 200, dtype=torch.bool)
