@@ -1,5 +1,6 @@
 """Under torch.compile: the same numbers as eager, in one graph, without a recompile that the dense model has not."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from models import build, make_inputs
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import sla_compile
 from sla_compile import SLAConfig
@@ -57,6 +59,22 @@ def test_checkpointing_compiled_block_by_block():
     model(*make_inputs()).square().sum().backward()
     reference(*make_inputs()).square().sum().backward()
     assert_same_gradients(model, reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("outer", ["checkpoint", "compile"])
+def test_checkpoints_put_around_blocks(outer):
+    """As trainers with FSDP2 do it; a checkpoint that is compiled without the model needs Dynamo's setting."""
+    model, reference = (accelerated().train() for _ in range(2))
+    compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = (
+            checkpoint_wrapper(compiler(block)) if outer == "checkpoint" else compiler(checkpoint_wrapper(block))
+        )
+    setting = {"skip_fwd_side_effects_in_bwd_under_checkpoint": outer == "compile"}
+    with torch._dynamo.config.patch(setting):
+        model(*make_inputs()).square().sum().backward()
+    reference(*make_inputs()).square().sum().backward()
+    assert_same_gradients(reference, model, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
