@@ -32,6 +32,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 logger = logging.getLogger(__name__)
 
+SDPA = torch._C._nn.scaled_dot_product_attention  # what F has under that name, unless a library put a wrapper there
+
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 
 
@@ -223,7 +225,7 @@ class _Observer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is SDPA:
             self.note(*args, **kwargs)
         elif func is F.multi_head_attention_forward:
             self.note_multi_head(*args, **kwargs)

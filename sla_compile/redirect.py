@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sla_compile.discovery import SDPA
 from sla_compile.functional import why_alpha_does_not_fit
 from sla_compile.module import SparseLinearAttention
 from sla_compile.passes.eligibility import from_written_out, is_key_padding_mask, why_dense
@@ -69,7 +70,7 @@ class _AttentionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is SDPA:
             self.calls.append(func)
             return self.attention(*args, **kwargs)
         if func is F.multi_head_attention_forward and self.redirection.multi_head:
@@ -116,9 +117,7 @@ class _AttentionMode(TorchFunctionMode):
             output = sla(query, key, value, attn_mask, scale, enable_gqa)
             return output if valid is None else output.masked_fill(~valid, 0)
         # Under a redirected ancestor the function would be caught again by the ancestor's mode; the operator is not.
-        dense = (
-            torch.ops.aten.scaled_dot_product_attention if self.redirection.nested else F.scaled_dot_product_attention
-        )
+        dense: Any = torch.ops.aten.scaled_dot_product_attention if self.redirection.nested else SDPA
         return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 

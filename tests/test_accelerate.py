@@ -430,6 +430,20 @@ def test_a_class_whose_forward_is_replaced(patched, monkeypatch):
         assert len(sla_compile.report(model).rewritten) == 2
 
 
+@pytest.mark.parametrize("examples", [None, make_inputs()])
+def test_a_wrapper_around_the_function(examples, monkeypatch):
+    """Some libraries put one into torch.nn.functional."""
+    expected, plain, function = accelerated(trained=False), build(), F.scaled_dot_product_attention
+    expected, dense = expected(*make_inputs()), plain(*make_inputs())
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: function(*args, **kwargs))
+    model = sla_compile.accelerate(plain, config=CONFIG, example_inputs=examples)
+    assert torch.equal(model(*make_inputs()), expected)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*make_inputs()), expected)
+    with sla_compile.dense(model):
+        assert torch.equal(model(*make_inputs()), dense)
+
+
 def test_a_forward_kept_by_somebody_outlives_restore_and_a_new_instance_is_plain():
     model, (x, _) = accelerated(), make_inputs()
     attention = model.blocks[0].attn
