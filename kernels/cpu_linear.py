@@ -46,18 +46,23 @@ def feature_backward(grad: Tensor, features: Tensor, feature_map: str) -> Tensor
 class BlockSums:
     """``selected @ blocks``, rows at a time and in ascending order, in the way that is shorter.
 
-    By lists where these are short: a row sums its selected blocks, or, if those are the majority, subtracts the others
-    from the total, of which then at least half is left. Else, and always in bfloat16, whose total would be too coarse,
-    it is a matrix product.
+    By lists where these are short: a row sums its selected blocks, or, if those are the majority and enough is left,
+    subtracts the others from the total. Else, and always in bfloat16, whose total would be too coarse, it is a matrix
+    product.
 
     Args:
         selected: boolean (rows, n).
         blocks: (n + 1, elements), the last row the sum of the others.
+        enough: boolean (rows, 1): where what a row selects is not lost in the total's rounding; None for everywhere.
     """
 
-    def __init__(self, selected: Tensor, blocks: Tensor, name: str, workspace: Workspace) -> None:
+    def __init__(
+        self, selected: Tensor, blocks: Tensor, name: str, workspace: Workspace, enough: Tensor | None = None
+    ) -> None:
         self.blocks, self.name, self.workspace = blocks, name, workspace
         most = 2 * selected.sum(1, keepdim=True) > selected.shape[1]
+        if enough is not None:
+            most &= enough
         listed = selected ^ most
         self.lists = blocks.dtype != torch.bfloat16 and int(listed.sum()) * LISTED_COST < selected.numel()
         if not self.lists:
@@ -201,8 +206,11 @@ class LinearHead:
         if self.everything:
             self.row_k = self.block_k.sum(0).expand(rows, -1)[..., None]
         else:
-            self.row_k = torch.mm(marginal.to(self.block_k.dtype), self.block_k)[..., None]
-            self.row_kv = BlockSums(marginal, self.block_kv.flatten(1), "row_kv", self.workspace)
+            row_k = torch.mm(marginal.to(self.block_k.dtype), self.block_k)
+            # At least a quarter of every z: then the same share of the states is left, of which phi is a factor.
+            enough = (4 * row_k >= self.block_k.sum(0)).all(1, keepdim=True)
+            self.row_k = row_k[..., None]
+            self.row_kv = BlockSums(marginal, self.block_kv.flatten(1), "row_kv", self.workspace, enough)
 
     def _sums(self, rows: slice) -> Tensor:
         """H' of some query blocks: (rows, D, D)."""

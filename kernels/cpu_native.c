@@ -60,7 +60,7 @@ struct work {
     int32_t *entries;
 };
 
-// What is summed: the entries or, with `others`, all but them, which are more than half of all.
+// What is summed: the entries or, with `others`, all but them.
 struct list {
     int32_t *entries;
     int32_t count, others;
@@ -286,8 +286,8 @@ static struct work lay_out(const struct call *call, float **shared, float **own)
     w->query_features = take(own, w->queries);
     w->linear = take(own, w->queries);
     w->other = take_words(own, largest);
-    w->lists = take(own, all_lists * sizeof(struct list) / sizeof(float));
-    w->entries = take(own, w->rows * w->columns);
+    w->lists = take(shared, all_lists * sizeof(struct list) / sizeof(float));
+    w->entries = take(shared, w->rows * w->columns);
     if (!backward) return work;
     w->grad_states = take_words(shared, w->rows * w->square);
     w->grad_sums = take(shared, w->rows * w->dims);
@@ -396,32 +396,67 @@ void NAMED(sla_pack_keys)(const struct call *call, float *own, int64_t first_blo
     }
 }
 
-// Lists the marginal ones of `count` blocks, `lists` times.
-static void make_lists(const struct work *w, int64_t count, int64_t lists, int64_t list_step, int64_t class_step) {
-    const int8_t *classes = w->call->block_map + w->call->head * w->call->map_head;
-    for (int64_t n = 0; n < lists; n++, classes += list_step) {
-        struct list *list = w->lists + n;
-        int64_t selected = 0;
-        for (int64_t i = 0; i < count; i++) selected += classes[i * class_step] == 0;
-        *list = (struct list){.entries = w->entries + n * count, .others = 2 * selected > count};
-        for (int64_t i = 0; i < count; i++)
-            if ((classes[i * class_step] == 0) != list->others) list->entries[list->count++] = i;
+// Lists the marginal ones of `count` blocks or, for `others`, those that are not.
+static struct list *make_list(const struct work *w, int64_t n, int64_t count, const int8_t *classes, int64_t class_step,
+                              int others) {
+    struct list *list = w->lists + n;
+    *list = (struct list){.entries = w->entries + n * count, .others = others};
+    for (int64_t i = 0; i < count; i++)
+        if ((classes[i * class_step] == 0) != others) list->entries[list->count++] = i;
+    return list;
+}
+
+// Whether at least a quarter is left of every z: then the same share of the states is, of which phi is a factor.
+static int leaves_enough(const float *left, const float *total, int64_t dims) {
+    for (int64_t d = 0; d < dims; d++)
+        if (!(4 * left[d] >= total[d])) return 0;
+    return 1;
+}
+
+// z of the rows `first` to `last` of query head call->head, and which states they sum: the marginal blocks' or, where
+// these are the more and enough is left, the total less the others'.
+void NAMED(sla_list_rows)(const struct call *call, float *own, int64_t first, int64_t last) {
+    struct work work = prepare(call, own), *w = &work;
+    float total[MAX_DIM];
+    if (call->linear != MARGINAL) return;
+    total_of(w->sums, w->dims, w->columns, w->dims, total, 0);
+    for (int64_t row = first; row < last; row++) {
+        const int8_t *classes = call->block_map + call->head * call->map_head + row * call->map_row;
+        float *sum = w->list_sums + row * w->dims;
+        struct list *list = make_list(w, row, w->columns, classes, 1, 0);
+        memset(sum, 0, w->dims * sizeof(float));
+        add_runs(w->sums, w->dims, list->entries, list->count, w->dims, sum, 0);
+        if (2 * list->count > w->columns && leaves_enough(sum, total, w->dims))
+            make_list(w, row, w->columns, classes, 1, 1);
     }
 }
 
-// Panels `first` to `last` of sums of `count` states, and z with the first: over the marginal blocks of each of `lists`
-// lists or, for "all", one. All states' part that stays in the cache serves all lists.
+// The same of the columns, for the gradients of states and of z: they have signs, and what cancels is small beside the
+// largest of them.
+void NAMED(sla_list_columns)(const struct call *call, float *own, int64_t first, int64_t last) {
+    struct work work = prepare(call, own), *w = &work;
+    if (call->linear != MARGINAL) return;
+    for (int64_t column = first; column < last; column++) {
+        const int8_t *classes = call->block_map + call->head * call->map_head + column;
+        float *sum = w->list_sums + column * w->dims;
+        struct list *list = make_list(w, column, w->rows, classes, call->map_row, 0);
+        memset(sum, 0, w->dims * sizeof(float));
+        add_runs(w->grad_sums, w->dims, list->entries, list->count, w->dims, sum, 0);
+        if (2 * list->count > w->rows) make_list(w, column, w->rows, classes, call->map_row, 1);
+    }
+}
+
+// Panels `first` to `last` of the sums of `count` states over each of `lists` lists or, for "all", of one sum, with z.
+// All states' part that stays in the cache serves all lists.
 static void sum_states(const struct work *w, const word *states, const float *sums, int64_t count, int64_t lists,
-                       int64_t list_step, int64_t class_step, int64_t first, int64_t last) {
-    const struct call *call = w->call;
+                       int64_t first, int64_t last) {
     int64_t part = least(PAGE, CACHED * PAIR / count / PANEL * PANEL), stride = w->square / PAIR;
     float total[PAGE];
     if (part < PANEL) part = PANEL;
-    if (call->linear == MARGINAL) make_lists(w, count, lists, list_step, class_step);
     for (int64_t at = first * PANEL; at < last * PANEL; at += part) {
         int64_t width = least(part, last * PANEL - at);
         total_of(states + at / PAIR, stride, count, width, total, 1);
-        if (call->linear == ALL)
+        if (w->call->linear == ALL)
             for (int64_t i = 0; i < width; i += PANEL)
                 store_rows(w->list_states + (at + i) / PAIR, load(total + i), load(total + i + LANES));
         else
@@ -429,18 +464,14 @@ static void sum_states(const struct work *w, const word *states, const float *su
                 listed_sum(states + at / PAIR, stride, w->lists + n, width, total,
                            nth(w->list_states, n, w->square) + at / PAIR, 1);
     }
-    if (first) return;
-    total_of(sums, w->dims, count, w->dims, call->linear == ALL ? w->list_sums : total, 0);
-    if (call->linear == ALL) return;
-    for (int64_t n = 0; n < lists; n++)
-        listed_sum(sums, w->dims, w->lists + n, w->dims, total, w->list_sums + n * w->dims, 0);
+    if (!first && w->call->linear == ALL) total_of(sums, w->dims, count, w->dims, w->list_sums, 0);
 }
 
-// States and z of the keys that the rows of query head call->head sum.
+// States that the rows of query head call->head sum.
 void NAMED(sla_sum_states)(const struct call *call, float *own, int64_t first, int64_t last) {
     struct work work = prepare(call, own), *w = &work;
     if (call->linear == NONE) return;
-    sum_states(w, w->states, w->sums, w->columns, w->rows, call->map_row, 1, first, last);
+    sum_states(w, w->states, w->sums, w->columns, w->rows, first, last);
 }
 
 // The sums of a row, or of a column in the backward, of those that sum_states left.
@@ -714,11 +745,11 @@ void NAMED(sla_backward_keys)(const struct call *call, float *own, int64_t first
         }
 }
 
-// Gradients of states and z that the key blocks get of the rows of query head call->head.
+// Gradients of states that the key blocks get of the rows of query head call->head.
 void NAMED(sla_sum_gradients)(const struct call *call, float *own, int64_t first, int64_t last) {
     struct work work = prepare(call, own), *w = &work;
     if (call->linear == NONE) return;
-    sum_states(w, w->grad_states, w->grad_sums, w->rows, w->columns, 1, call->map_row, first, last);
+    sum_states(w, w->grad_states, w->grad_sums, w->rows, w->columns, first, last);
 }
 
 // Adds dK, dV and dW of the linear branch of a key block, given dH and dZ of its rows.

@@ -342,6 +342,7 @@ def _phases(calls: list[_Call]) -> Iterator[tuple[str, int, int]]:
     for head in range(call.group):
         for call in calls:
             call.head = head
+        yield "list_rows", 0, rows
         yield "sum_states", 0, call.panels
         if call.grad_output is None:
             yield "forward_rows", head * rows, (head + 1) * rows
@@ -352,6 +353,7 @@ def _phases(calls: list[_Call]) -> Iterator[tuple[str, int, int]]:
                 call.strip_first, call.strip_last = first, last
             yield "backward_rows", first, last
             yield "backward_keys", 0, columns
+        yield "list_columns", 0, columns
         yield "sum_gradients", 0, call.panels
         yield "backward_linear", 0, num_blocks(columns, PART)
     if call.grad_output is not None:

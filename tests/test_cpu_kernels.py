@@ -286,6 +286,29 @@ def test_elu_of_very_negative_keys() -> None:
     assert error <= case.length * torch.finfo(torch.float32).eps * weighed
 
 
+@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
+def test_features_that_critical_keys_dominate(feature_map: str) -> None:
+    """Sums over the marginal keys, less than a rounding of the total, are not what that leaves without the others."""
+    case = Case(length=1000, dim=32, feature_map=feature_map, blocks="marginal", dtype="fp32")
+    inputs, grad, classes, spec, bias = draw(case)
+    classes[..., 2] = 1
+    critical = torch.zeros(case.length, 1, dtype=torch.bool)
+    critical[128:192] = True
+    key = inputs[1]
+    if feature_map == "relu":  # no marginal key has a feature
+        inputs[1] = torch.where(critical, key, -key.abs())
+    elif feature_map == "elu":  # exp(-16), and up to 4
+        inputs[1] = torch.where(critical, key, key - 16)
+    else:  # nearly all of one channel, that of the queries, and nearly nothing of it
+        inputs[0] = inputs[0] + 12 * F.one_hot(torch.tensor(0), case.dim)
+        inputs[1] = key + torch.where(critical, 12, -12) * F.one_hot(torch.tensor(0), case.dim)
+    exact = kernel_cases.evaluate([t.double() for t in inputs], grad.double(), classes, spec, bias)
+    # Sums of up to `length` terms, each a rounding off; scores of up to 30, of whose exponentials that is one more.
+    allowed = (case.length + 30) * torch.finfo(torch.float32).eps
+    for name, found, reference in zip(NAMES, run(inputs, grad, classes, spec, bias), exact, strict=True):
+        assert (found - reference).norm() <= allowed * reference.norm(), name
+
+
 def test_relu_passes_nan_on() -> None:
     inputs, grad, classes, spec, bias = draw(Case(length=200, dim=32, feature_map="relu", blocks="marginal"))
     inputs[1] = inputs[1].index_fill(2, torch.tensor(5), torch.nan)
