@@ -110,6 +110,7 @@ def shipped_cases(architectures: list[int | str]) -> list[Case]:
 def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     """The kernels of a forward and a backward, with the arguments that the launcher gives them."""
     from sla_compile.kernels import gpu
+    from sla_compile.kernels.backward import query_gradient_kernel
     from sla_compile.kernels.forward import forward_kernel
     from sla_compile.kernels.low_bit import quantize_kernel
     from sla_compile.kernels.spec import Spec, num_blocks
@@ -144,9 +145,10 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     )
     try:
         output, logsumexp = gpu.forward(tokens, tokens, tokens, block_map, spec, **options)
-        if case.low_bit != "none":  # the other kernels are the same as without
-            return [(kernel, arguments) for kernel, arguments in found if kernel in (forward_kernel, quantize_kernel)]
         gpu.backward(output, tokens, tokens, tokens, output, logsumexp, block_map, spec, **options)
+        if case.low_bit != "none":  # the other kernels are the same as without
+            own = forward_kernel, quantize_kernel, query_gradient_kernel
+            return [(kernel, arguments) for kernel, arguments in found if kernel in own]
         gpu.select_blocks(torch.empty(block_map.shape, device="meta"), 3, 6, 0, block_map.shape[3])
     finally:
         gpu.launch, gpu.target_of = kept

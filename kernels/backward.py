@@ -6,12 +6,13 @@ import triton
 import triton.language as tl
 
 from sla_compile.kernels.forward import ragged_steps
-from sla_compile.kernels.tiles import LOG2_E, aligned, load_tile, store_tile
+from sla_compile.kernels.tiles import LOG2_E, aligned, load_mean, load_tile, store_tile
 
 
 @triton.jit
 def query_step(
     accumulator,
+    row_sums,
     query,
     grad_output,
     logsumexp_log2,
@@ -33,8 +34,9 @@ def query_step(
     MASK_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    SMOOTHED: tl.constexpr,
 ):
-    """Adds dS_ij K_j of the TILE_K keys from `start`."""
+    """Adds dS_ij K_j of the TILE_K keys from `start` and, for SMOOTHED, the row sums of dS_ij."""
     key = load_tile(
         key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, MASK_KEYS, WIDE
     )  # (TILE_K, DIMS)
@@ -50,8 +52,10 @@ def query_step(
         scores = tl.where((tokens < length)[None, :], scores, float("-inf"))
     probabilities = tl.exp2(scores - logsumexp_log2[:, None])
     grad_probabilities = tl.dot(grad_output, tl.trans(value), input_precision=PRECISION)
-    grad_scores = probabilities * (grad_probabilities - delta[:, None])
-    return tl.dot(grad_scores.to(key.dtype), key, accumulator, input_precision=PRECISION)
+    grad_scores = (probabilities * (grad_probabilities - delta[:, None])).to(key.dtype)
+    if SMOOTHED:
+        row_sums += tl.sum(grad_scores.to(tl.float32), 1)
+    return tl.dot(grad_scores, key, accumulator, input_precision=PRECISION), row_sums
 
 
 @triton.jit(do_not_specialize=["head_start", "heads", "group", "length", "query_blocks", "key_blocks"])
@@ -61,6 +65,7 @@ def query_gradient_kernel(
     key_ptr,
     value_ptr,
     key_bias_ptr,
+    key_mean_ptr,
     logsumexp_ptr,
     entries_ptr,
     counts_ptr,
@@ -88,6 +93,9 @@ def query_gradient_kernel(
     stride_gq_dim,
     stride_bias_batch,
     stride_bias_token,
+    stride_mean_batch,
+    stride_mean_head,
+    stride_mean_dim,
     scale,
     head_start,
     heads,
@@ -106,7 +114,10 @@ def query_gradient_kernel(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dQ of TILE_Q tokens of one query head; with a linear branch, its part is in grad_query already."""
+    """dQ of TILE_Q tokens of one query head; with a linear branch, its part is in grad_query already.
+
+    After a low-bit forward dS K is that of the keys without their mean, NOTE [Frame].
+    """
     tiles = query_blocks * (BLOCK_Q // TILE_Q)
     tile = tl.program_id(0) % tiles
     local = tl.program_id(0) // tiles
@@ -145,24 +156,29 @@ def query_gradient_kernel(
     logsumexp_log2 = tl.where(logsumexp == float("-inf"), float("inf"), logsumexp) * LOG2_E
     scale_log2 = scale * LOG2_E
     accumulator = tl.zeros([TILE_Q, DIMS], tl.float32)
+    row_sums = tl.zeros([TILE_Q], tl.float32)
+    SMOOTHED: tl.constexpr = key_mean_ptr is not None
     STEPS: tl.constexpr = BLOCK_K // TILE_K
     whole = count * STEPS - ragged_steps(entries_ptr, count, key_blocks, length, BLOCK_K, STEPS)
     key_block = tl.load(entries_ptr, mask=whole > 0, other=0)  # NOTE [Prefetch]
     for step in range(0, whole):
         start = key_block * BLOCK_K + step % STEPS * TILE_K
         key_block = tl.load(entries_ptr + (step + 1) // STEPS, mask=step + 1 < whole, other=0)
-        accumulator = query_step(
-            accumulator, query, grad_output, logsumexp_log2, delta, key_ptr, value_ptr, key_bias_ptr, stride_key_token,
-            stride_key_dim, stride_value_token, stride_value_dim, stride_bias_token, start, length, scale_log2,
-            HEAD_DIM, DIMS, TILE_K, False, PRECISION, WIDE,
+        accumulator, row_sums = query_step(
+            accumulator, row_sums, query, grad_output, logsumexp_log2, delta, key_ptr, value_ptr, key_bias_ptr,
+            stride_key_token, stride_key_dim, stride_value_token, stride_value_dim, stride_bias_token, start, length,
+            scale_log2, HEAD_DIM, DIMS, TILE_K, False, PRECISION, WIDE, SMOOTHED,
         )  # fmt: skip
     for step in tl.range(whole, count * STEPS, num_stages=1):
         start = tl.load(entries_ptr + step // STEPS) * BLOCK_K + step % STEPS * TILE_K
-        accumulator = query_step(
-            accumulator, query, grad_output, logsumexp_log2, delta, key_ptr, value_ptr, key_bias_ptr, stride_key_token,
-            stride_key_dim, stride_value_token, stride_value_dim, stride_bias_token, start, length, scale_log2,
-            HEAD_DIM, DIMS, TILE_K, True, PRECISION, WIDE,
+        accumulator, row_sums = query_step(
+            accumulator, row_sums, query, grad_output, logsumexp_log2, delta, key_ptr, value_ptr, key_bias_ptr,
+            stride_key_token, stride_key_dim, stride_value_token, stride_value_dim, stride_bias_token, start, length,
+            scale_log2, HEAD_DIM, DIMS, TILE_K, True, PRECISION, WIDE, SMOOTHED,
         )  # fmt: skip
+    if SMOOTHED:
+        key_mean_ptr += batch * stride_mean_batch + (query_head // group) * stride_mean_head
+        accumulator -= row_sums[:, None] * load_mean(key_mean_ptr, stride_mean_dim, DIMS, HEAD_DIM)[None, :]
     accumulator *= scale
     if LINEAR != "none":
         accumulator += load_tile(

@@ -11,6 +11,7 @@ from sla_compile.kernels.cpu_blocks import CriticalBlocks, blocks_of, contiguous
 from sla_compile.kernels.cpu_linear import LinearHead
 from sla_compile.kernels.cpu_low_bit import LowBitHead
 from sla_compile.kernels.cpu_sparse import quotient, sparse_backward, sparse_forward
+from sla_compile.kernels.smoothing import token_mean
 from sla_compile.kernels.spec import Spec, num_blocks
 
 
@@ -111,6 +112,9 @@ def backward(
     grad_offset = None if offset is None else torch.zeros_like(offset)
     grad_alpha = None if alpha is None else torch.zeros(alpha.shape, dtype=dtype)
     group = heads // key.shape[1]
+    smoothings = None
+    if spec.low_bit != "none":
+        smoothings = token_mean(key, key_bias) if key_mean is None else key_mean
     with thread_workspace(dtype) as workspace:
         for entry in range(batch):
             bias, key_weight = key_biases(key_bias, entry, length, spec.block_k, dtype)
@@ -119,10 +123,12 @@ def backward(
                 values = contiguous_blocks(value[entry, kv_head], spec.block_k, operand, workspace, "values")
                 grad_keys = workspace("grad_keys", *keys.shape).zero_()
                 grad_values = workspace("grad_values", *keys.shape).zero_()
-                linear = None
+                linear = smoothing = None
                 if spec.linear != "none":
                     mean = None if key_mean is None else key_mean[entry, kv_head]
                     linear = LinearHead(keys, values, key_weight, length, weight, mean, spec, workspace, kept=True)
+                if smoothings is not None:
+                    smoothing = smoothings[entry, kv_head].to(dtype)
                 for head in range(kv_head * group, (kv_head + 1) * group):
                     queries = blocks_of(query[entry, head], spec.block_q, operand, workspace, "queries")
                     grad = blocks_of(grad_output[entry, head], spec.block_q, operand, workspace, "grads")
@@ -159,7 +165,7 @@ def backward(
                             grad_offset += part.sum((0, 1), dtype=dtype)
                         of_share = sparse_backward(
                             part, queries[rows], keys, values, bias, critical, rows, spec.scale, statistics[rows],
-                            share, of_sparse, grad_queries, grad_keys, grad_values, workspace,
+                            share, of_sparse, grad_queries, grad_keys, grad_values, smoothing, workspace,
                         )  # fmt: skip
                         if grad_alpha is not None and of_share is not None:
                             grad_alpha[entry, head, rows] += of_share

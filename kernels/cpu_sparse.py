@@ -139,6 +139,7 @@ def sparse_backward(
     grad_queries: Tensor,
     grad_keys: Tensor,
     grad_values: Tensor,
+    smoothing: Tensor | None,
     workspace: Workspace,
 ) -> Tensor | None:
     """Adds the sparse branch's gradients of some query blocks (algorithm 2 of SLA) to the three last tensors.
@@ -150,6 +151,7 @@ def sparse_backward(
         grads: dO, (rows, b_q, D); logsumexp: (rows, b_q, 1); alpha: (rows, 1, 1) or None.
         delta: rowsum(dO_s * O_s), (rows, b_q, 1), or None where it is rowsum(P * dP).
         grad_queries: (rows, b_q, D); grad_keys, grad_values: (T_n, b_k, D), contiguous: added to.
+        smoothing: (D,), what a low-bit forward took off the keys, NOTE [Frame] in quantize.py, or None.
     """
     _, block_q, dim = queries.shape
     operand, exact = keys.dtype, grad_keys.dtype
@@ -189,6 +191,8 @@ def sparse_backward(
             into += torch.bmm(grad_scores, key, out=workspace("product", number, block_q, dim, dtype=operand)).mul_(
                 scale
             )
+        if smoothing is not None:
+            into.addcmul_(grad_scores.sum(-1, keepdim=True, dtype=exact), smoothing, value=-scale)
         if isinstance(part, Tensor):
             grad_queries[part] = into
         # The gathered keys have served: their buffer takes what is scattered.

@@ -109,12 +109,15 @@ def backward(
         shares = alpha.clamp_min(MIN_ALPHA).log().repeat_interleave(spec.block_q, 2)
         logsumexp = logsumexp - shares[..., : query.shape[2]]  # NOTE [Alpha]
     grads = transposed_empty(query), transposed_empty(key), transposed_empty(value)
+    smoothing = None
+    if spec.low_bit != "none":
+        smoothing = token_mean(key, key_bias) if key_mean is None else key_mean
     grad_weight = grad_bias = None
     if proj_weight is not None and spec.linear != "none":
         grad_weight = torch.zeros_like(proj_weight, dtype=torch.float32)
     with torch.cuda.device_of(query):
         for chunk in call.chunks(backward=True):
-            grad_weights = chunk.run_backward(grad_output, output, logsumexp, *grads, grad_alpha)
+            grad_weights = chunk.run_backward(grad_output, output, logsumexp, *grads, grad_alpha, smoothing)
             if grad_weight is not None and grad_weights is not None:
                 grad_weight += grad_weights.sum((0, 1))
         if call.proj_bias is not None:
@@ -279,6 +282,7 @@ class _Call:
         grad_key: Tensor,
         grad_value: Tensor,
         grad_alpha: Tensor | None,
+        smoothing: Tensor | None,
     ) -> Tensor | None:
         """Fills this chunk's part of the gradients; returns what sums to the projection's over dimensions 0 and 1."""
         linear = self.spec.linear != "none"
@@ -344,9 +348,10 @@ class _Call:
         launch(
             query_gradient_kernel,
             heads * rows * (self.spec.block_q // chosen.tile_q),
-            key_ptr=self.key, value_ptr=self.value, logsumexp_ptr=logsumexp, entries_ptr=entries, counts_ptr=counts,
-            grad_query_ptr=grad_query, delta_ptr=delta, **shared, **strides_of("key", self.key),
-            **strides_of("value", self.value), **strides_of("gq", grad_query), head_start=self.start * self.group,
+            key_ptr=self.key, value_ptr=self.value, key_mean_ptr=smoothing, logsumexp_ptr=logsumexp,
+            entries_ptr=entries, counts_ptr=counts, grad_query_ptr=grad_query, delta_ptr=delta, **shared,
+            **strides_of("key", self.key), **strides_of("value", self.value), **strides_of("gq", grad_query),
+            **strides_of("mean", smoothing, "batch", "head", "dim"), head_start=self.start * self.group,
             **self.common(), **chosen.tiles,
         )  # fmt: skip
         chosen = self.plan.key_gradient

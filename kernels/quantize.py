@@ -15,8 +15,10 @@ number. (Below 448 P = 2^-6 E4M3 is denormal: there the reference of the moment 
 
 NOTE [Frame]: the kernels give the log-sum-exp of S, not of S' = S - s q mean: they add s q mean, in float32 from the
 original q. So a log-sum-exp means the same whatever the number of bits, and the backward recomputes P from the original
-q and k as it always does. It has no need of smoothing: its products of 16-bit numbers are exact, its sums float32, and
-the error of S about 2^-24 of sum |q k|, a share of P that is far below its own rounding to 16 bit.
+q and k as it always does. P has no need of smoothing: products of 16-bit numbers are exact, sums float32, and the error
+of S about 2^-24 of sum |q k|, a share of P that is far below its own rounding to 16 bit. dQ = s dS K' has: with the
+quantised forward's O_s and log-sum-exp the rows of dS do not sum to zero, so that dS K = dS K' + rowsum(dS) mean is off
+by as much as the keys are away from zero. The backward takes the last term away.
 
 The backward's P is exp(S - logsumexp) with the quantised forward's log-sum-exp: it is off by exp(S - S'), and above 1
 where a large score was rounded down. Where scores are so large that int8 misses them by 11, P passes what float16

@@ -55,6 +55,8 @@ class Case:
     bias: bool = True
     scale: float | None = None
     magnitude: float = 1.0
+    # Added to the first channel of all keys.
+    key_offset: float = 0.0
     # Whose tiles are interpreted: this architecture's; "shipped" leaves the small ones small, which is slow.
     arch: int | str = 90
     shipped: bool = False
@@ -189,6 +191,7 @@ def run(case: Case, device: str) -> dict[str, float]:
     spec = Spec(case.scale or case.dim**-0.5, case.feature_map, case.linear, case.block_q, case.block_k, case.low_bit)
     query = tokens(case, case.heads, 0, generator)
     key = tokens(case, case.kv_heads, 3, generator)
+    key[..., 0] += case.key_offset
     value = tokens(case, case.kv_heads, 4, generator)
     weight = bias = None
     if case.linear != "none" and not case.alpha:

@@ -116,7 +116,7 @@ def low_bit_evaluate(
     """As kernel_cases.evaluate, with a low-bit forward and its backward in `dtype`; and sparse_forward's slack.
 
     The sparse branch's gradients are the 16-bit formula's on the original operands, with the quantised forward's O_s
-    and log-sum-exp: dS = P (dP - rowsum(dO O_s)), P = exp(S - logsumexp).
+    and log-sum-exp: dS = P (dP - rowsum(dO O_s)), P = exp(S - logsumexp); dQ is by the smoothed keys.
     """
     from sla_compile.kernels.reference import reference_attention
 
@@ -162,7 +162,8 @@ def low_bit_evaluate(
     delta = (grad_sparse * sparse.to(dtype)).sum(-1, keepdim=True)
     grad_scores = spec.scale * probabilities * (grad_sparse @ low_value.transpose(-1, -2) - delta)
     folded = lambda tensor: tensor.unflatten(1, (kv_heads, group)).sum(2)  # noqa: E731
-    grads[0] = grads[0] + grad_scores @ low_key
+    # The keys' gradient is the same with the mean, whose coefficients are dS's row sums, off by what the forward was.
+    grads[0] = grads[0] + grad_scores @ low_key - grad_scores.sum(-1, keepdim=True) * repeated[2][:, :, None].to(dtype)
     grads[1] = grads[1] + folded(grad_scores.transpose(-1, -2) @ low_query)
     grads[2] = grads[2] + folded(probabilities.transpose(-1, -2) @ grad_sparse)
     grad_alpha = None

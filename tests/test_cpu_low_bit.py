@@ -78,6 +78,19 @@ def test_against_the_definition(case: Case, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("low_bit", ["int8", "fp8"])
+def test_what_all_keys_share_reaches_no_gradient(low_bit: str) -> None:
+    """The softmax does not see it, and smoothing takes it away before it is rounded."""
+    query, key, value, grad = torch.randn(4, 1, 2, 512, 64, dtype=torch.float64).unbind(0)
+    classes, spec = torch.ones(1, 2, 8, 8, dtype=torch.int8), Spec(0.125, linear="none", low_bit=low_bit)
+    found, expected = (
+        cpu.backward(grad, query, given, value, *cpu.forward(query, given, value, classes, spec), classes, spec)[:3]
+        for given in (key + 100.0, key)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("low_bit", ["int8", "fp8"])
 def test_close_to_16_bit(low_bit: str) -> None:
     """Quantisation costs a few percent of the output's norm, not its meaning."""
     query, key, value = torch.randn(3, 1, 2, 512, 64).unbind(0)

@@ -164,6 +164,8 @@ CASES = [
     Case(low_bit="int8", magnitude=4.0, dtype="fp16", layout="packed"),
     Case(low_bit="fp8", dim=128, dtype="bf16", length=100, arch=89, magnitude=4.0),
     Case(low_bit="int8", dim=256, dtype="bf16", length=70, heads=1, kv_heads=1, block_q=128),  # half a block a tile
+    Case(low_bit="int8", linear="none", key_offset=30.0),
+    Case(low_bit="fp8", alpha="head", key_offset=-30.0, heads=4, mask="keys", block_q=128, length=150),
     # The rest.
     Case(proj_dtype="fp16"),
     Case(proj_dtype="bf16", dtype="fp16", bias=False),
