@@ -212,7 +212,7 @@ def restore(model: nn.Module) -> nn.Module:
 def dense(model: nn.Module) -> Iterator[nn.Module]:
     """Exact attention inside the ``with`` block, for dense first steps of a sampler or for comparison.
 
-    A compiled model compiles once for each of the two.
+    A compiled model compiles once for each of the two. It holds for the model, in whichever thread that runs.
     """
     _acceleration(unwrapped(model))
     modules = [module for module in model.modules() if isinstance(module, SparseLinearAttention)]
