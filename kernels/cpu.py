@@ -24,7 +24,7 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,
+    output: Tensor | None,
     logsumexp: Tensor,
     block_map: Tensor,
     spec: Spec,

@@ -11,6 +11,7 @@ from sla_compile.kernels.cpu_blocks import CriticalBlocks, blocks_of, contiguous
 from sla_compile.kernels.cpu_linear import LinearHead
 from sla_compile.kernels.cpu_low_bit import LowBitHead
 from sla_compile.kernels.cpu_sparse import quotient, sparse_backward, sparse_forward
+from sla_compile.kernels.layout import transposed_empty
 from sla_compile.kernels.smoothing import token_mean
 from sla_compile.kernels.spec import Spec, num_blocks
 
@@ -43,9 +44,9 @@ def forward(
         output (B, H, L, D) in the query's dtype, a transposed (B, L, H, D), and the log-sum-exp of the sparse branch
         (B, H, L).
     """
-    batch, heads, length, dim = query.shape
+    batch, heads, length, _ = query.shape
     dtype, operand = _dtypes(query)
-    output = query.new_empty(batch, length, heads, dim).transpose(1, 2)
+    output = transposed_empty(query)
     logsumexp = query.new_empty(batch, heads, length, dtype=dtype)
     weight, offset = _projection(proj_weight, proj_bias, alpha, spec, dtype)
     group = heads // key.shape[1]
@@ -88,7 +89,7 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,
+    output: Tensor | None,
     logsumexp: Tensor,
     block_map: Tensor,
     spec: Spec,
@@ -104,9 +105,9 @@ def backward(
     Arguments as of :func:`forward`, with its two results, of which `output` is needed after a low-bit forward only;
     `grad_output` (B, H, L, D) has any strides. The key's gradient is that for a constant `key_mean`.
     """
-    batch, heads, length, dim = query.shape
+    batch, heads, length, _ = query.shape
     dtype, operand = _dtypes(query)
-    grads = tuple(t.new_empty(batch, length, t.shape[1], dim).transpose(1, 2) for t in (query, key, value))
+    grads = tuple(map(transposed_empty, (query, key, value)))
     weight, offset = _projection(proj_weight, proj_bias, alpha, spec, dtype)
     grad_weight = None if weight is None else torch.zeros_like(weight)
     grad_offset = None if offset is None else torch.zeros_like(offset)
@@ -139,6 +140,8 @@ def backward(
                     target = _target(grads[0][entry, head], spec.block_q)
                     outputs = None
                     if spec.low_bit != "none":
+                        if output is None:
+                            raise ValueError("the backward of a low-bit forward needs its output")
                         outputs = blocks_of(output[entry, head], spec.block_q, dtype, workspace, "outputs")
                     if linear is not None:
                         linear.start(block_map[entry, head] == 0)

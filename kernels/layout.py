@@ -1,19 +1,22 @@
-"""How tensors lie in memory, as the launcher of the Triton kernels tells it to them."""
+"""How tensors lie in memory: what the operator returns, and what the launcher of the Triton kernels tells them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sla_compile.kernels.symbolic import known
 from sla_compile.kernels.tuning import MAX_TILE
 
 
-def transposed_empty(like: Tensor) -> Tensor:
-    """Uninitialised, of `like`'s shape and dtype, with the strides of a transposed (B, L, H, D) tensor."""
-    batch, heads, length, dim = like.shape
-    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+def transposed_empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised, of `like`'s shape and dtype, with the strides of a transposed (B, L, H, D) tensor: what the next
+    reshape wants. No view of one, which autograd would let nobody change in place."""
+    _, heads, length, dim = like.shape
+    strides = (length * heads * dim, dim, heads * dim, 1)
+    return like.new_empty_strided(like.shape, strides, dtype=dtype)
 
 
 def padded_dims(dim: int) -> int:

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from sla_compile.kernels.cpu_blocked import key_biases
 from sla_compile.kernels.cpu_blocks import thread_workspace
+from sla_compile.kernels.layout import transposed_empty
 from sla_compile.kernels.spec import MIN_DENOMINATOR, Spec, num_blocks
 
 _LOG = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def forward(
     key_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; arguments as of :func:`sla_compile.kernels.cpu_blocked.forward`."""
-    output = _transposed_empty(query, operand_dtype(query))
+    output = transposed_empty(query, operand_dtype(query))
     logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
     heads = _Heads(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean)
     heads.run(dict(output=output), logsumexp)
@@ -173,7 +174,7 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,
+    output: Tensor | None,
     logsumexp: Tensor,
     block_map: Tensor,
     spec: Spec,
@@ -186,7 +187,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients; arguments as of :func:`sla_compile.kernels.cpu_blocked.backward`."""
     heads = _Heads(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean)
-    grads = [_transposed_empty(tensor, heads.dtype) for tensor in (query, key, value)]
+    grads = [transposed_empty(tensor, heads.dtype) for tensor in (query, key, value)]
     units = query.shape[0] * key.shape[1]
     grad_weights, grad_offsets = (
         None if parameter is None else torch.empty(units, *parameter.shape, dtype=torch.float32)
@@ -365,9 +366,3 @@ def _readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In that dtype, with a head dimension that is contiguous."""
     tensor = tensor.to(dtype)
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-
-
-def _transposed_empty(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the tensor's (B, H, L, D), laid out as a contiguous (B, L, H, D)."""
-    batch, heads, length, dim = like.shape
-    return torch.empty(batch, length, heads, dim, dtype=dtype).transpose(1, 2)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sla_compile.config import SLAConfig
+from sla_compile.kernels.layout import transposed_empty
 from sla_compile.kernels.masks import key_bias
 from sla_compile.kernels.routing import route, select_blocks
 from sla_compile.kernels.smoothing import has_complement, token_mean, without_mean
@@ -75,7 +76,7 @@ def sparse_linear_attention_backward_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,
+    output: Optional[Tensor],
     logsumexp: Tensor,
     proj_weight: Optional[Tensor],
     proj_bias: Optional[Tensor],
@@ -100,7 +101,8 @@ def sparse_linear_attention_backward_op(
     """Gradients of query, key, value, proj_weight, proj_bias and alpha; the last three are empty where there is none.
 
     The blocks are routed again from the same query and key: the map is cheap to find, and as a saved output its size
-    would be a quotient of the length, which torch.export cannot carry for every length.
+    would be a quotient of the length, which torch.export cannot carry for every length. The output may be None where
+    `_reads_output` says so.
     """
     spec = Spec(scale, feature_map, linear, block_q, block_k, low_bit)
     routing = (sparsity, negligible, critical_blocks, (pinned_first, pinned_last), router_q, router_k)
@@ -208,16 +210,10 @@ def _kernels(query: Tensor, low_bit: str) -> ModuleType:
     return kernels
 
 
-def _like_transposed(tensor: Tensor) -> Tensor:
-    """Empty, of the tensor's (B, H, L, D), laid out as a contiguous (B, L, H, D): what the next reshape wants."""
-    batch, heads, length, dim = tensor.shape
-    return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
-
-
 @sparse_linear_attention_op.register_fake
 def _forward_fake(query, key, value, *_):
     statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return _like_transposed(query), query.new_empty(query.shape[:3], dtype=statistics)
+    return transposed_empty(query), query.new_empty(query.shape[:3], dtype=statistics)
 
 
 @sparse_linear_attention_backward_op.register_fake
@@ -225,7 +221,7 @@ def _backward_fake(
     grad_output, query, key, value, output, logsumexp, proj_weight, proj_bias, router_q, router_k, alpha, *_
 ):
     parameters = (query.new_empty(0) if p is None else p.new_empty(p.shape) for p in (proj_weight, proj_bias, alpha))
-    return (*(_like_transposed(t) for t in (query, key, value)), *parameters)
+    return (*(transposed_empty(t) for t in (query, key, value)), *parameters)
 
 
 _TENSORS = 10  # leading tensor arguments of the forward op, before the scalars
@@ -235,7 +231,13 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.scalars = inputs[_TENSORS:]
-    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+    result = output[0] if _reads_output(inputs[0], low_bit=inputs[-2]) else None
+    ctx.save_for_backward(*inputs[:_TENSORS], result, output[1])
+
+
+def _reads_output(query: Tensor, low_bit: str) -> bool:
+    """Whether the backward needs the output; where it does not, the output may be changed in place before it."""
+    return query.device.type != "cpu" or low_bit != "none"
 
 
 def _autograd(ctx: Any, grad_output: Tensor | None, _grad_logsumexp: None) -> tuple:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import sla_compile
 from sla_compile import SLAConfig
+from sla_compile.kernels import cpu
 from sla_compile.kernels.reference import reference_attention
 from sla_compile.kernels.spec import Spec
 from sla_compile.ops import op_scalars
@@ -91,13 +92,14 @@ def test_opcheck_optional_arguments(linear, mask, mapped):
 
 
 @pytest.mark.parametrize("linear", ["marginal", "none"])
-def test_opcheck_backward(linear):
+@pytest.mark.parametrize("with_output", [True, False])
+def test_opcheck_backward(linear, with_output):
     config = CONFIG.replace(linear=linear)
     query, key, value = make_inputs(grad=False)
     weight, bias = (p.detach() for p in make_projection()) if linear != "none" else (None, None)
     args = op_args(query, key, value, weight, bias, config=config)
     output, logsumexp = torch.ops.sla_compile.sparse_linear_attention(*args)
-    backward_args = (torch.randn_like(output), *args[:3], output, logsumexp, *args[3:])
+    backward_args = (torch.randn_like(output), *args[:3], output if with_output else None, logsumexp, *args[3:])
     torch.library.opcheck(torch.ops.sla_compile.sparse_linear_attention_backward.default, backward_args)
 
 
@@ -136,6 +138,23 @@ def test_output_is_laid_out_for_the_next_reshape():
     weight, bias = make_projection()
     output = sla_compile.sparse_linear_attention(query, key, value, config=CONFIG, proj_weight=weight, proj_bias=bias)
     assert output.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["c", "operations"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_output_can_be_changed_in_place(native, dtype, monkeypatch):
+    if not native:
+        monkeypatch.setattr(cpu.native, "supports", lambda *_: False)
+    leaves = *make_inputs(dtype=dtype), *make_projection()
+
+    def attention():
+        query, key, value, weight, bias = leaves
+        return sla_compile.sparse_linear_attention(query, key, value, config=CONFIG, proj_weight=weight, proj_bias=bias)
+
+    found = torch.autograd.grad(attention().mul_(2).sum(), leaves)
+    expected = torch.autograd.grad((attention() * 2).sum(), leaves)
+    assert all(map(torch.equal, found, expected))
+    assert not any(grad._is_view() for grad in found)
 
 
 def test_all_critical_is_dense_attention():
