@@ -55,7 +55,7 @@ MAX_BLOCK_Q = 128
 MAX_DIM = 256
 PART = 8  # key blocks of a piece of sla_backward_linear
 TASKS = 8  # of a phase, for each thread
-STRIP = 8  # query blocks whose keys the backward goes through at a time, for each thread
+STRIP = 8  # query blocks whose keys the backward goes through at a time, for each thread, over all heads at once
 
 _POINTERS = (
     "query key value output logsumexp block_map weight offset key_bias key_weight alpha key_mean arena grad_output "
@@ -306,7 +306,7 @@ def _run(function: Callable[[str, Any], Any], calls: list[_Call]) -> None:
     shared, own = ctypes.c_int64(), ctypes.c_int64()
     floats = []
     for call in calls:
-        call.strip = min(STRIP * threads, rows)
+        call.strip = min(-(-STRIP * threads // at_once), rows)
         sizes(call, shared, own)
         floats.append([-(-count.value // 16) * 16 for count in (shared, own)])
     with thread_workspace(torch.float32) as workspace, ExitStack() as stack:

@@ -83,6 +83,27 @@ def test_threads_change_nothing(heads: tuple[int, int, int], dtype: torch.dtype,
     assert equal(found[0], found[1]) and equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_rows_in_flight_grow_with_the_threads_alone(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that run at once share them: memory is not threads times heads."""
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    phases, kept = native._phases, []
+
+    def recorded(calls: list[Any]) -> Any:
+        kept.append(sum(call.strip for call in calls))
+        return phases(calls)
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(native, "_phases", recorded)
+    try:
+        torch.set_num_threads(4)
+        call(1, 4, kv_heads)
+    finally:
+        torch.set_num_threads(threads)
+    assert max(kept) == native.STRIP * 4
+
+
 def test_threads_share_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
     if native.library() is None:
         pytest.skip("no C compiler")
