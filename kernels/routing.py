@@ -118,8 +118,7 @@ def pinned_blocks(length: int, block: int, pinned: tuple[int, int], device: torc
 def _meanpool(tokens: Tensor, block: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Float32 mean of the tokens of each block (B, H, T, D) and the number of tokens in it (B or 1, 1, T, 1)."""
     batch, heads, length, dim = tokens.shape
-    blocks, full = num_blocks(length, block), length // block
-    sums = tokens.new_empty(batch, heads, blocks, dim, dtype=torch.float32)
+    blocks, full, traced = num_blocks(length, block), length // block, torch.compiler.is_compiling()
     if valid is not None:
         tokens = tokens.masked_fill(~valid[:, None, :, None], 0)
         count = tokens.new_zeros(batch, blocks * block, dtype=torch.float32)
@@ -127,11 +126,15 @@ def _meanpool(tokens: Tensor, block: int, valid: Tensor | None) -> tuple[Tensor,
         count = count.view(batch, 1, blocks, block).sum(-1)[..., None]
     else:
         count = tokens.new_full((1, 1, blocks, 1), block, dtype=torch.float32)
-        if full < blocks:
-            count[:, :, -1] = length - full * block
+        if traced or full < blocks:
+            count[:, :, -1] = length - (blocks - 1) * block
+    if traced:  # Dynamo refuses out= of a part; padded, ragged lengths and others are one program
+        padded = F.pad(tokens, (0, 0, 0, blocks * block - length))
+        return torch.unflatten(padded, 2, (blocks, block)).sum(3, dtype=torch.float32) / count.clamp(min=1), count
+    sums = tokens.new_empty(batch, heads, blocks, dim, dtype=torch.float32)
     if full:
         whole = torch.unflatten(tokens[:, :, : full * block], 2, (full, block))
-        if tokens.device.type == "cpu" and tokens.dtype != torch.float32 and not torch.compiler.is_compiling():
+        if tokens.device.type == "cpu" and tokens.dtype != torch.float32:
             # The CPU's sum would first convert all tokens: converted some at a time they stay in the cache.
             for entry in range(batch):
                 for head in range(heads):

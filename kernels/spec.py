@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 # Added to the denominator of the linear branch when it sums over all keys, as the authors' code does.
@@ -40,10 +39,10 @@ def critical_count(blocks: int, sparsity: float, critical_blocks: int | None) ->
     """Critical blocks of a row of `blocks` key blocks: the share, rounded down, but at least one."""
     if critical_blocks is not None:
         return min(critical_blocks, blocks)
-    # 1e-6: (1 - 0.8) * 10 is 1.9999999999999996 in floating point and means 2.
-    return min(blocks, max(1, math.floor((1.0 - sparsity) * blocks + 1e-6)))
+    # 1e-6: (1 - 0.8) * 10 is 1.9999999999999996 in floating point and means 2. int: Dynamo has no floor of a symbol.
+    return min(blocks, max(1, int((1.0 - sparsity) * blocks + 1e-6)))
 
 
 def negligible_count(blocks: int, critical: int, negligible: float) -> int:
     """Negligible blocks of a row; critical ones win where both do not fit."""
-    return min(math.floor(negligible * blocks), blocks - critical)
+    return min(int(negligible * blocks), blocks - critical)

@@ -96,6 +96,7 @@ def route(
     """The block map that :func:`sparse_linear_attention` would use: int8 (B, H, ceil(L / block_q), ceil(L / block_k)).
 
     1 is critical, 0 marginal, -1 negligible (SLA, arXiv 2509.24006, equations 2 and 3). Arguments as there.
+    torch.compile takes it with dynamic lengths, too, torch.export with a static one.
     """
     _check_inputs(query, key, key, enable_gqa, key_padding_mask)
     _check_routers(query, router_q, router_k, config)

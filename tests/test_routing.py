@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import sla_compile
+from sla_compile import SLAConfig
 from sla_compile.kernels.routing import pinned_blocks, pinned_first_last, route
 from sla_compile.kernels.spec import critical_count, negligible_count, num_blocks
 
@@ -179,6 +181,24 @@ def test_pinned_tokens_stay_exact(block_q: int) -> None:
 def test_everything_pinned() -> None:
     query = torch.randn(1, 1, 300, 8)
     assert (classify(query, query, pinned=(300, 0), negligible=0.5) == 1).all()
+
+
+@pytest.mark.parametrize("config", [SLAConfig(sparsity=0.75, negligible=0.1), SLAConfig(pinned=(70, 30))])
+def test_traces(config: SLAConfig) -> None:
+    """Ragged lengths and others, in one program while the length is dynamic."""
+
+    class Route(torch.nn.Module):
+        def forward(self, query: Tensor) -> Tensor:
+            return sla_compile.route(query, query, config=config)
+
+    query = torch.randn(1, 2, 700, 16)
+    program = torch.export.export(Route(), (query,), strict=True)
+    assert torch.equal(program.module()(query), Route()(query))
+    compiled = torch.compile(Route(), backend="aot_eager", fullgraph=True, dynamic=True)
+    for number, length in enumerate((700, 704, 750)):
+        query = torch.randn(1, 2, length, 16)
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            assert torch.equal(compiled(query), Route()(query))
 
 
 @settings(max_examples=60, deadline=None)
