@@ -14,6 +14,8 @@ from sla_compile.kernels.routing import pinned_first_last
 from sla_compile.kernels.spec import critical_count, num_blocks
 from sla_compile.passes.sites import Site
 
+BACKWARD_PRODUCTS = 2.5  # over those of the forward: five products where it has two
+
 
 @dataclass(frozen=True)
 class Operations:

@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sla_compile.api import accelerate
-from sla_compile.arithmetic import attention_operations
+from sla_compile.arithmetic import BACKWARD_PRODUCTS, attention_operations
 from sla_compile.config import SLAConfig
 from sla_compile.functional import route, sparse_linear_attention
 
@@ -41,7 +41,6 @@ CACHE_BYTES = 2**28  # more than any second-level cache
 # Written so often before each call that the call is enqueued meanwhile: its kernels are timed, not their launches.
 FLUSHES = 8
 PEAK_SIZE = 8192, 2048  # rows of the square matrices whose product measures the peak, on a GPU and on the CPU
-BACKWARD_PRODUCTS = 2.5  # over those of the forward: five products where it has two
 
 
 @dataclass(frozen=True)
