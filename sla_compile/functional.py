@@ -145,8 +145,8 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, m
             f"sparse-linear attention is for self-attention: query has {query.shape[2]} tokens and key {key.shape[2]}; "
             "use scaled_dot_product_attention for cross-attention"
         )
-    if 0 in query.shape:
-        raise ValueError(f"query must not be empty, got shape {shapes[0]}")
+    if 0 in query.shape or 0 in key.shape:
+        raise ValueError(f"query and key must not be empty, got {shapes[0]} and {shapes[1]}")
     if query.shape[3] > MAX_HEAD_DIM:
         raise NotImplementedError(f"head dimensions up to {MAX_HEAD_DIM} are supported, got {query.shape[3]}")
     if query.shape[1] != key.shape[1]:

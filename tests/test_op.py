@@ -328,6 +328,10 @@ BAD = {
     "head groups": (dict(query=torch.zeros(1, 3, 200, 16), enable_gqa=True), "not a multiple"),
     "head dim": ({n: torch.zeros(1, 1, 64, 257) for n in ("query", "key", "value")}, "up to 256"),
     "empty": ({n: torch.zeros(1, 1, 0, 16) for n in ("query", "key", "value")}, "must not be empty"),
+    "no key heads": (
+        {n: torch.zeros(1, 0, 200, 16) for n in ("key", "value")} | dict(enable_gqa=True),
+        "must not be empty, got \\(1, 2, 200, 16\\) and \\(1, 0, 200, 16\\)",
+    ),
     "no projection": (dict(proj_weight=None, proj_bias=None), 'or linear="none"'),
     "projection shape": (dict(proj_weight=torch.zeros(8, 8)), "must be floating point of shape \\(16, 16\\)"),
     "unused projection": (dict(config=CONFIG.replace(linear="none")), "belong to the linear branch"),
