@@ -26,7 +26,7 @@ from sla_compile.functional import why_alpha_does_not_fit
 from sla_compile.module import SparseLinearAttention
 from sla_compile.redirect import CHILD
 from sla_compile.router_training import ALPHA_RANGE, Router, SiteSamples, TrainingOptions, errors, mass_start, train
-from sla_compile.samples import Observer, SampleStore, read_json, write_json
+from sla_compile.samples import Observer, SampleStore, read_json, readable, write_json
 
 _FORMAT = 1
 
@@ -78,9 +78,9 @@ def calibrate(
         The error of each attention before and after; ``print`` shows a table.
 
     Raises:
-        ValueError: the model is not accelerated with SLA2, there are no batches, an attention never ran, an argument is
-            out of range, or the folder is another run's.
-        TypeError: `model` or a batch is none of the above.
+        ValueError: the model is not accelerated with SLA2, there are no batches, an attention never ran or met NaN
+            or infinity, an argument is out of range, or the folder is another run's or has a file that cannot be read.
+        TypeError: `model`, a batch or `sparsities` is none of the above.
     """
     modules = _modules(model)
     options = TrainingOptions(steps, learning_rate, tau, query_blocks, seed)
@@ -144,6 +144,8 @@ def _densities(name: str, module: SparseLinearAttention, sparsities: Sequence[fl
     """The attention's own sparsity, then the others asked for."""
     if sparsities is None:
         return (module.config.sparsity,)
+    if isinstance(sparsities, (int, float)):
+        raise TypeError(f"sparsities must be a sequence of numbers, got {sparsities}; pass [{sparsities}]")
     if module.config.critical_blocks is not None:
         raise ValueError(
             f"{name}: critical_blocks={module.config.critical_blocks} stands in place of a sparsity; leave sparsities "
@@ -354,7 +356,7 @@ def _write_result(path: Path, router: Router, rows: list[CalibratedSite]) -> Non
 def _read_result(path: Path) -> tuple[Router, list[CalibratedSite]] | None:
     if not path.exists():
         return None
-    with safe_open(path, framework="pt") as file:
+    with readable(path, "delete it to train this attention anew"), safe_open(path, framework="pt") as file:
         rows = [CalibratedSite.from_dict(row) for row in json.loads(file.metadata()["rows"])]
         alphas = tuple(file.get_tensor(f"alpha{i}") for i in range(len(rows)))
         return Router(file.get_tensor("router_q"), file.get_tensor("router_k"), alphas), rows

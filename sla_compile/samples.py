@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sla_compile.kernels.masks import key_bias
 from sla_compile.ops import autocast_tokens
+
+_ANEW = "delete its folder to calibrate anew, or give another one"
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class SampleStore:
             if number >= self.limit:
                 slot = random.Random(f"{self.seed}/{site}/{number}").randrange(number + 1)
             if slot < self.limit:
+                _check_finite(site, query=query[entry], key=key[entry], value=value[entry])
                 q, k, v = (t[entry : entry + 1].detach().to("cpu", copy=True).contiguous() for t in (query, key, value))
                 self._keep(site, slot, Sample(q, k, v, masked, scale))
 
@@ -84,7 +88,8 @@ class SampleStore:
         """One of them."""
         if self.folder is None:
             return self.kept[site, slot]
-        with safe_open(self._file(site, slot), framework="pt") as file:
+        path = self._file(site, slot)
+        with readable(path, _ANEW), safe_open(path, framework="pt") as file:
             scale = json.loads(file.metadata()["scale"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return Sample(**tensors, scale=scale)
@@ -102,6 +107,17 @@ class SampleStore:
     def _file(self, site: str, slot: int) -> Path:
         assert self.folder is not None
         return self.folder / f"site{list(self.seen).index(site):03d}-sample{slot:03d}.safetensors"
+
+
+def _check_finite(site: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        wrong = tensor.numel() - int(tensor.isfinite().sum())
+        if wrong:
+            raise ValueError(
+                f"{site or 'the model'}: {wrong} of the {tensor.numel()} values of its {name} are NaN or infinite, and "
+                "so is full attention; calibrate on batches that the dense model runs without (float16 overflows where "
+                "bfloat16 does not)"
+            )
 
 
 class Observer:
@@ -129,7 +145,17 @@ class Observer:
 
 def read_json(path: Path) -> Any:
     """The file's contents, None where there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    with readable(path, _ANEW):
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+@contextmanager
+def readable(path: Path, remedy: str) -> Iterator[None]:
+    """Names the file, and what to do, where it is cut off or damaged."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); {remedy}") from error
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

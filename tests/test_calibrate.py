@@ -263,12 +263,38 @@ def test_refuses_what_it_cannot_calibrate():
             calibrate(accelerated(), batches(), **{**FAST, **wrong})
     with pytest.raises(ValueError, match="sparsity must be in"):
         calibrate(accelerated(), batches(), sparsities=[1.5], **FAST)
+    with pytest.raises(TypeError, match=r"sparsities must be a sequence of numbers, got 0.5; pass \[0.5\]"):
+        calibrate(accelerated(), batches(), sparsities=0.5, **FAST)
     with pytest.raises(ValueError, match="critical_blocks=2 stands in place"):
         calibrate(accelerated(CONFIG.replace(critical_blocks=2)), batches(), sparsities=[0.5], **FAST)
     inputs = tuple(tensor.to("meta") for tensor in make_inputs())
     meta = sla_compile.accelerate(TinyDiT().to("meta"), config=CONFIG, example_inputs=inputs)
     with pytest.raises(ValueError, match="on the meta device"):
         calibrate(meta, batches(), **FAST)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_samples_that_are_not_finite_are_refused(value):
+    model, given = accelerated(), batches()
+    given[2][0][0, 5] = value
+    before = tensors(model)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn: \d+ of the 10560 values of its query are NaN or infinite"):
+        calibrate(model, given, **FAST)
+    assert not changed(before, tensors(model)) and not model.blocks[0].attn.sla.dense
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("calibration.json", "delete its folder"), ("collected.json", "delete its folder"),
+     ("site001-sample000.safetensors", "delete its folder"), ("result000.safetensors", "delete it to train")],
+)  # fmt: skip
+def test_a_damaged_file_is_named(name, remedy, tmp_path):
+    calibrate(accelerated(), batches(), folder=tmp_path, **FAST)
+    (tmp_path / "result001.safetensors").unlink()  # as if interrupted before
+    file = tmp_path / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))} cannot be read .*; {remedy}"):
+        calibrate(accelerated(), batches(), folder=tmp_path, **FAST)
 
 
 def test_an_attention_that_never_ran_is_named():
