@@ -46,7 +46,8 @@ def sparse_linear_attention(
         proj_bias: (D).
         router_q, router_k: (D, D) as in nn.Linear, both or neither; they multiply SLA2's pooled queries and keys before
             these are ranked. None is the identity, SLA's own choice. They get no gradient: the choice is discrete.
-        alpha: (H, 1) or (H, ceil(L / block_q)), values from 0 to 1 (checked on the CPU); SLA2 needs it.
+        alpha: (H, 1) or (H, ceil(L / block_q)), values from 0 to 1 (checked on the CPU); SLA2 needs it. At exactly
+            0 or 1 its gradient lacks the branch whose weight is 0; the derivative of a sigmoid is 0 there.
         key_padding_mask: broadcastable to (B, 1, 1, L); bool, True takes part, or floating point, added to the scores,
             where a key that is 104 or more below the largest, exp of which is 0, takes no part. It gets no gradient. A
             batch entry without any valid key gives zeros.
