@@ -203,20 +203,21 @@ class _Edit:
             result = self._call(output, aten.squeeze.dim, result, 1)
         return self._views(result, match.views, output)
 
-    def _from_written_out(self, mask: fx.Node, site: str, output: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    def _from_written_out(self, mask: fx.Node, site: str, output: fx.Node) -> tuple[fx.Node, fx.Node]:
         """As :func:`sla_compile.passes.eligibility.from_written_out`, of four dimensions."""
         for _ in range(4 - self.values[mask].dim()):
             mask = self._call(output, aten.unsqueeze.default, mask, 0)
-        valid = None
         if self.values[mask].dtype == torch.bool:
             keys = self._call(output, aten.any.dims, mask, [1, 2], True)
             valid = self._call(output, aten.any.dims, mask, [1, 3], True)
             same = self._call(output, aten.eq.Tensor, mask, self._call(output, aten.logical_and.default, keys, valid))
         else:
-            keys = mask
-            for dim in (1, 2):
-                keys = self._call(output, aten.slice.Tensor, keys, dim, 0, 1)
+            keys = self._call(output, aten.amax.default, mask, [1, 2], True)
+            seen = self._call(output, aten.ne.Scalar, mask, -torch.inf)
+            valid = self._call(output, aten.any.dims, seen, [1, 3], True)
             same = self._call(output, aten.eq.Tensor, mask, keys)
+            hidden = self._call(output, aten.logical_not.default, valid)
+            same = self._call(output, aten.logical_or.default, same, hidden)
         holds = self._call(output, aten.all.default, same)
         self._call(output, aten._assert_async.msg, holds, f"{site}: {DIFFERENT_KEYS}")
         return keys, valid

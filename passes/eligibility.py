@@ -104,22 +104,20 @@ def is_written_out(mask: Tensor, query: Tensor) -> bool:
     return mask.shape[-1] == scores[-1] and all(m in (1, s) for m, s in zip(mask.shape, scores, strict=True))
 
 
-def from_written_out(mask: Tensor, query: Tensor, site: str) -> tuple[Tensor, Tensor | None]:
-    """The key-padding mask that `mask` is written out from, and which queries have keys; None where all have.
+def from_written_out(mask: Tensor, query: Tensor, site: str) -> tuple[Tensor, Tensor]:
+    """The key-padding mask that `mask` is written out from, and which queries have keys.
 
     Raises:
         RuntimeError: queries have different keys; on a GPU where the work on it ends.
     """
     shared = [-2, -3] if query.dim() == 4 and mask.dim() > 2 else [-2]
-    valid = None
     if mask.dtype == torch.bool:
         keys = mask.any(shared, keepdim=True)
         valid = mask.any([-1, *shared[1:]], keepdim=True)
         same = mask == keys & valid
-    else:
-        keys = mask
-        for dim in shared:
-            keys = keys.narrow(dim, 0, 1)
-        same = mask == keys
+    else:  # boolean masks end up here, too, once a program is decomposed
+        keys = mask.amax(shared, keepdim=True)
+        valid = (mask != -torch.inf).any([-1, *shared[1:]], keepdim=True)
+        same = (mask == keys) | ~valid
     torch._assert_async(same.all(), f"{site}: {DIFFERENT_KEYS}")
     return keys, valid

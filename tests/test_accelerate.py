@@ -151,7 +151,7 @@ def padding(batch=2, length=200):
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled", "exported"])
-@pytest.mark.parametrize("kind", ["bool", "bool for heads", "float"])
+@pytest.mark.parametrize("kind", ["bool", "bool for heads", "float", "float for queries"])
 def test_padding_masks_written_out_for_queries(kind, way):
     attention, (x, _) = SelfAttention().eval(), make_inputs(batch=2)
     keys, mask = padding(), padding() & padding().mT  # padded queries see nothing, as models write it
@@ -159,6 +159,8 @@ def test_padding_masks_written_out_for_queries(kind, way):
         mask = mask.repeat(1, 2, 1, 1)
     elif kind == "float":
         mask = torch.zeros(()).masked_fill(~keys, -torch.inf).repeat(1, 1, 200, 1)
+    elif kind == "float for queries":
+        mask = torch.zeros(()).masked_fill(~mask, -torch.inf)
     expected = attention(x, mask)
     plain = sla_compile.accelerate(copy.deepcopy(attention), config=WRITTEN_OUT)
     plain(x, mask)
@@ -173,7 +175,8 @@ def test_padding_masks_written_out_for_queries(kind, way):
     torch.testing.assert_close(run(x, mask), expected, rtol=1e-5, atol=1e-5)
     assert sla_compile.report(plain).rewritten
     torch.testing.assert_close(run(x, mask)[0], plain(x, keys)[0])
-    different = mask.tril() if kind != "float" else mask.masked_fill(~torch.ones(200, 200, dtype=torch.bool).tril(), 1)
+    lower = torch.ones(200, 200, dtype=torch.bool).tril()
+    different = mask & lower if mask.dtype == torch.bool else mask.masked_fill(~lower, 1)
     with pytest.raises(RuntimeError, match="hides other keys from other queries"):
         run(x, different)
 

@@ -174,6 +174,25 @@ def test_self_attention_is_followed_through_subgraphs():
     assert sites[1].reason.startswith("cross-attention")
 
 
+@pytest.mark.parametrize("decomposed", [False, True], ids=["training", "decomposed"])
+def test_padding_masks_of_keys_and_queries(decomposed):
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = SelfAttention()
+
+        def forward(self, x, keep):
+            return self.attn(x, keep[:, None, None] & keep[:, None, :, None])
+
+    model = Padded()
+    program = exported(model, inputs(), valid(), decomposed=decomposed)
+    config = CONFIG.replace(linear="none", critical_blocks=100, padding_masks=True)
+    program, _ = accelerate_exported(program, lambda name: config)
+    for length in (130, 333):
+        keep = valid((length, length - 30), length)
+        torch.testing.assert_close(program.module()(inputs(length), keep), model(inputs(length), keep))
+
+
 def test_lengths_that_agree_in_the_example_alone_stay_dense():
     class Two(nn.Module):
         def forward(self, query, key):
