@@ -102,7 +102,7 @@ def run_bench(given: argparse.Namespace) -> int:
         constants = {**bench.environment(device), "command": " ".join(["sla-compile", *sys.argv[1:]])}
         bench.write_csv(rows, given.output.with_suffix(".csv"), constants)
         bench.draw(rows, given.output.with_suffix(".png"), f"{constants['device']}, torch {constants['torch']}")
-        console.print(f"wrote {given.output.with_suffix('.csv')} and {given.output.with_suffix('.png')}")
+        console.print(f"wrote {given.output.with_suffix('.csv')} and {given.output.with_suffix('.png')}", markup=False)
     return 0
 
 

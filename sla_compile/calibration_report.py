@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -73,14 +74,14 @@ class Calibration:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.title}: relative squared error against full attention")
+        table = Table(title=f"{escape(self.title)}: relative squared error against full attention")
         for column in ("attention", "sparsity", "samples", "before", "mass as alpha", "after", "alpha"):
             table.add_column(column, overflow="fold", justify="left" if column == "attention" else "right")
         for row in self.rows:
             samples = f"{row.samples} + {row.held_out}" if row.held_out else str(row.samples)
             alpha = f"{min(row.alpha):.2f} to {max(row.alpha):.2f}"
             numbers = (f"{value:.4f}" for value in (row.before, row.start, row.after))
-            table.add_row(row.name or "(the model itself)", f"{row.sparsity:g}", samples, *numbers, alpha)
+            table.add_row(escape(row.name or "(the model itself)"), f"{row.sparsity:g}", samples, *numbers, alpha)
         return table
 
     def __str__(self) -> str:

@@ -8,12 +8,13 @@ import importlib.util
 import json
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -82,7 +83,9 @@ def run_inspect(given: argparse.Namespace) -> int:
     """0, or 1 where an accelerated model is silently dense."""
     if given.html is not None and not given.html.parent.is_dir():
         raise UsageError(f"--html {given.html}: the folder {given.html.parent} does not exist")
-    model, example_inputs, examination = _examined(given)
+    aside = redirect_stdout(sys.stderr) if given.json else nullcontext()  # what the user's code prints is no JSON
+    with aside:
+        model, example_inputs, examination = _examined(given)
     if given.json:
         json.dump(_as_json(examination), sys.stdout, indent=2)
         sys.stdout.write("\n")
@@ -95,10 +98,14 @@ def run_inspect(given: argparse.Namespace) -> int:
             text = f"{readable(total.before)} dense, {readable(total.after)} now, {saved:.1%} saved"
             console.print(f"products of these attentions: {text}", highlight=False)
         for told in examination.silent:
-            console.print(f"[red]silently dense:[/red] {told}", highlight=False)
+            console.print(f"[red]silently dense:[/red] {escape(told)}", highlight=False)
     if given.html is not None:
-        maps, without = _maps(given, model, example_inputs, examination)
-        write(given.html, render(examination, model, maps, without))
+        with aside:
+            maps, without = _maps(given, model, example_inputs, examination)
+        try:
+            write(given.html, render(examination, model, maps, without))
+        except OSError as error:
+            raise UsageError(f"--html {given.html}: {error.strerror}") from None
     return 1 if examination.silent else 0
 
 
@@ -111,6 +118,8 @@ def run_check(given: argparse.Namespace) -> int:
         check(examination, expect=_expectation(given.expect), snapshot=given.snapshot, update=given.update)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"--snapshot {given.snapshot}: {error.strerror}") from None
     except AssertionError as error:
         sys.stderr.write(f"{error}\n")
         return 1

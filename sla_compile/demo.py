@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
@@ -107,7 +108,9 @@ def run(options: DemoOptions) -> int:
 
     _compare(console, options, dense, accelerated, inputs, (query, key, value), config)
     draw_blocks(route(query, key, config=config), options.output, f"{options.clip}, sparsity {config.sparsity:g}")
-    console.print(f"The blocks of the last layer's self-attention are drawn in [bold]{options.output}[/bold].\n")
+    console.print(
+        f"The blocks of the last layer's self-attention are drawn in [bold]{escape(str(options.output))}[/bold].\n"
+    )
     del dense, query, key, value
 
     passed = _fine_tune(console, options, accelerated)

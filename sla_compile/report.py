@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sla_compile.passes.sites import Site
@@ -51,13 +52,14 @@ class Report:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.title}: {len(self.rewritten)} of {len(self.rows)} attentions rewritten")
+        table = Table(title=f"{escape(self.title)}: {len(self.rewritten)} of {len(self.rows)} attentions rewritten")
         for column in ("attention", "query", "keys", "head dim", "becomes", "why"):
             table.add_column(column, overflow="fold")
         for row in self.rows:
             dim = "" if row.head_dim is None else str(row.head_dim)
             became = "[green]sparse-linear[/green]" if row.rewritten else "[yellow]dense[/yellow]"
-            table.add_row(row.name or "(the model itself)", row.shape, row.keys, dim, became, row.reason)
+            name, reason = escape(row.name or "(the model itself)"), escape(row.reason)
+            table.add_row(name, row.shape, row.keys, dim, became, reason)
         return table
 
     def __str__(self) -> str:

@@ -59,6 +59,19 @@ def leaves():
 def linear():
     return torch.nn.Linear(2, 2)
 
+def talks():
+    print("building")
+    return make()
+
+def odd_names():
+    model = torch.nn.Sequential()
+    model.add_module("<b>[/x]", SelfAttention())
+    model.add_module("[bold]y", sla_compile.accelerate(SelfAttention(), config=sla_compile.SLAConfig(min_seq_len=64)))
+    return model
+
+def one_input():
+    return make_inputs()[:1]
+
 def wrong_inputs():
     return make_inputs(dim=31)
 """
@@ -107,6 +120,18 @@ def test_inspect_prints_json(run, tmp_path):
     assert rows["blocks.0.attn"]["reason"] == "excluded" and rows["blocks.0.text"]["keys"] == "64"
     assert rows["blocks.0.attn"]["operations"]["before"] == 4 * 2 * 200 * 200 * 16
     assert values["operations"]["before"] == sum(row["operations"]["before"] for row in rows.values())
+
+
+def test_what_the_model_prints_is_no_json(run):
+    code, out, err = run("inspect dit:talks --json")
+    assert code == 0 and json.loads(out)["model"] == "TinyDiT" and err == "building\n"
+
+
+def test_names_are_no_markup(run, tmp_path):
+    code, out, _ = run("inspect dit:odd_names --inputs dit:one_input --html page.html")
+    assert code == 1 and "silently dense: <b>[/x] (1, 2, 200, 16)" in out and "│ [bold]y " in out
+    page = Page((tmp_path / "page.html").read_text())
+    assert "<b>[/x]" in page and "[bold]y" in page
 
 
 def test_inspect_without_inputs_and_on_the_meta_device(run):
@@ -177,10 +202,14 @@ def test_mistakes_are_told_without_traceback(run, tmp_path, command, line, told)
 
 
 def test_mistakes_of_one_command(run, tmp_path):
+    (tmp_path / "folder").mkdir()
     for line, told in (
         ("check dit:build --update", "say where with --snapshot"),
         ("check dit:build --snapshot dit.py", "is not a snapshot"),
         ("inspect dit:build --html no/such/page.html", "the folder no/such does not exist"),
+        ("inspect dit:build --html folder", "--html folder: Is a directory"),
+        ("check dit:build --snapshot folder", "--snapshot folder: Is a directory"),
+        ("check dit:build --snapshot dit.py/s.json", "--snapshot dit.py/s.json: Not a directory"),
         ("inspect dit:build --maps -1", "expected a whole number"),
     ):
         code, _, err = run(line)
