@@ -61,7 +61,8 @@ def accelerate(
         sparsity: share of blocks that are not computed exactly; overrides the config's, which is 0.95 by default.
         config: everything else; see :class:`SLAConfig`.
         example_inputs: a tuple of positional or a dict of keyword arguments of the model's forward. With them every
-            attention is found and decided exactly, by a run on fake tensors; without, by the model's structure.
+            attention is found and decided exactly, by a run on fake tensors; without, by the model's structure. An
+            ExportedProgram has its own.
         include: name patterns (``fnmatch``) or ``predicate(name, module)``; only these attentions are considered, and
             one whose structure does not tell whether it is self-attention is taken to be.
         exclude: likewise; these stay dense.

@@ -288,6 +288,7 @@ def _examine_graph(model: Any, choice: Choice, example_inputs: Any, given: list[
     if exported:
         specs = model.graph_signature.input_specs
         constants = {spec.arg.name for spec in specs if spec.kind.name != "USER_INPUT" and hasattr(spec.arg, "name")}
+        example_inputs = None  # a program has the shapes that it was exported with
     decisions = rewrite.decide(graph_module, choice, example_inputs=example_inputs, constants=constants)
     sites = [rewrite.site(decision) for decision in decisions]
     choice.check_patterns(sites)

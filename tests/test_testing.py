@@ -195,7 +195,7 @@ def test_owners_inside_of_owners_and_multi_head_attention():
 def test_graphs_and_exported_programs():
     program = torch.export.export(build(), make_inputs())
     for graph in (program, program.module()):
-        report = assert_rewritten(graph, config=CONFIG, expect="*.attn")
+        report = assert_rewritten(graph, make_inputs(), config=CONFIG, expect="*.attn")
         assert len(report) == 4 and report.rows[0].shape == "(1, 2, 200, 16)"
         with pytest.raises(AssertionError, match="found 2"):
             assert_rewritten(graph, config=CONFIG, expect=3)
