@@ -185,16 +185,15 @@ class _Edit:
         flat = len(match.query.shape) == 3
         if flat:
             operands = [self._call(output, aten.unsqueeze.default, operand, 1) for operand in operands]
-        mask = None
+        mask = valid = None
         if match.mask is not None:
             mask = self.map[match.mask.node]
             if match.mask.hides:
                 mask = self._call(output, aten.logical_not.default, mask)
             if flat and len(match.mask.shape) == 3:
                 mask = self._call(output, aten.unsqueeze.default, mask, 1)
-        valid = None
-        if match.mask is not None and match.mask.written_out:
-            mask, valid = self._from_written_out(mask, match.name, output)
+            if match.mask.written_out:
+                mask, valid = self._from_written_out(mask, match.name, output)
         result = self._op(output, operands, mask, self._scale(match, output), config, parameters, match.query.shape[-1])
         if valid is not None:
             hidden = self._call(output, aten.logical_not.default, valid)

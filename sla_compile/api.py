@@ -332,8 +332,9 @@ def unwrapped(model: Any) -> Any:
     names do without; `model` itself where there is none."""
     inner = model
     while isinstance(inner, nn.Module) and "_sla_acceleration" not in inner.__dict__:
-        if hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
+        base: Any = getattr(inner, "get_base_model", None)
+        if base is not None:
+            inner = base()
         elif set(inner._modules) in ({"_orig_mod"}, {"module"}):
             inner = next(iter(inner._modules.values()))
         else:

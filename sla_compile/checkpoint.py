@@ -41,8 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, parameter in module.named_parameters():
             if parameter.is_meta:
                 raise ValueError(f"{owner}: its parameters are on the meta device and have no values to save")
-            whole: Any = parameter.full_tensor() if _is_sharded(parameter) else parameter
-            tensors[_join(owner, name)] = whole.detach().cpu().contiguous()
+            tensors[_join(owner, name)] = _whole(parameter).detach().cpu().contiguous()
     sites = {owner: _described(module) for owner, module in modules.items()}
     header = {"format": _FORMAT, "model": type(model).__name__, "sites": sites}
     path = Path(path)
@@ -98,6 +97,10 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 def _is_sharded(parameter: Any) -> bool:
     """Whether it is a DTensor, whose module is not imported for this."""
     return hasattr(parameter, "full_tensor")
+
+
+def _whole(parameter: Any) -> torch.Tensor:
+    return parameter.full_tensor() if _is_sharded(parameter) else parameter
 
 
 def _sharded_like(parameter: Any, value: torch.Tensor) -> torch.Tensor:

@@ -1,28 +1,22 @@
-"""What torch's FlopCounterMode counts for the operator and its backward: the operations of arithmetic.py.
+"""``import sla_compile.flops``: then torch's FlopCounterMode counts the operator and its backward, by arithmetic.py.
 
-NOTE [Registered later]
-torch.utils.flop_counter imports Triton. The formulas are registered when somebody imports it, by a finder that waits
-for that and then is gone.
+Not part of ``import sla_compile``: the counter imports Triton.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 import sla_compile.ops  # noqa: F401  # registers the operator
 from sla_compile.arithmetic import BACKWARD_PRODUCTS, attention_operations
 from sla_compile.config import SLAConfig
 
-_COUNTER = "torch.utils.flop_counter"
 
-
+@register_flop_formula(torch.ops.sla_compile.sparse_linear_attention)
 def forward_operations(
     query: Sequence[int],
     key: Sequence[int],
@@ -56,6 +50,7 @@ def forward_operations(
     return int(attention_operations(tuple(query), key[2], config).after)
 
 
+@register_flop_formula(torch.ops.sla_compile.sparse_linear_attention_backward)
 def backward_operations(
     grad_output: Sequence[int],
     query: Sequence[int],
@@ -68,34 +63,3 @@ def backward_operations(
 ) -> int:
     """Of a backward with tensors of these shapes."""
     return int(BACKWARD_PRODUCTS * forward_operations(query, key, value, *rest))
-
-
-class _Registration(MetaPathFinder):
-    """NOTE [Registered later]"""
-
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _COUNTER:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            sys.meta_path.remove(self)
-            _register(module)
-
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-def _register(counter: Any) -> None:
-    counter.register_flop_formula(torch.ops.sla_compile.sparse_linear_attention)(forward_operations)
-    counter.register_flop_formula(torch.ops.sla_compile.sparse_linear_attention_backward)(backward_operations)
-
-
-if _COUNTER in sys.modules:
-    _register(sys.modules[_COUNTER])
-else:
-    sys.meta_path.insert(0, _Registration())

@@ -288,7 +288,7 @@ def redirected_class(base: type[nn.Module]) -> type[nn.Module]:
             return base.forward(self, *args, **kwargs)
         return run_redirected(self, super(cls, self).forward, *args, **kwargs)
 
-    cls = _subclass(base, forward, redirected_class)
+    cls: Any = _subclass(base, forward, redirected_class)
     return cls
 
 
@@ -311,7 +311,7 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
                 return super(cls, self).forward(*args, **kwargs)
         return super(cls, self).forward(*args, **kwargs)
 
-    cls = _subclass(base, forward, root_class)
+    cls: Any = _subclass(base, forward, root_class)
     return cls
 
 
@@ -421,8 +421,9 @@ def _follow_instance_forward(module: nn.Module, base_forward: Any, wrap: bool = 
 def _rebind(module: nn.Module, old: Any, new: Any) -> bool:
     """Replaces `old` by `new` wherever it is kept bound to the module: beside its forward, or in diffusers' hooks."""
     hooks = getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", ())
+    places: list[Any] = [module.__dict__, *map(vars, hooks)]
     found = False
-    for place in (module.__dict__, *map(vars, hooks)):
+    for place in places:
         for name, value in list(place.items()):
             if isinstance(value, types.MethodType) and value.__func__ is old and value.__self__ is module:
                 place[name] = types.MethodType(new, module)
