@@ -30,13 +30,19 @@ def sla_snapshot(request: pytest.FixtureRequest) -> Callable[..., Any]:
     test apart.
     """
     update = request.config.getoption("--sla-update-snapshots")
-    test = re.sub(r"[^\w.=-]+", "-", request.node.name).strip("-")
+    test = request.node.nodeid.partition("::")[2]  # with its class
 
     def compare(model: Any, example_inputs: Any = None, *, name: str = "", **options: Any) -> Any:
         from sla_compile.testing import assert_rewritten
 
         __tracebackhide__ = True
-        path = Path(request.path).parent / FOLDER / Path(request.path).stem / f"{test}{'.' * bool(name)}{name}.json"
+        file = "".join(f"{_plain(part)}." for part in (test, name) if part) + "json"
+        path = Path(request.path).parent / FOLDER / Path(request.path).stem / file
         return assert_rewritten(model, example_inputs, snapshot=path, update=update, **options)
 
     return compare
+
+
+def _plain(name: str) -> str:
+    """Without what a file's name had better not hold."""
+    return re.sub(r"[^\w.=-]+", "-", name).strip("-")

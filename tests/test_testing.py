@@ -479,6 +479,10 @@ class Attention(nn.Module):
 def test_dit(sla_snapshot, length):
     sla_snapshot(Attention(), (torch.empty(1, length, 8),), sparsity=SPARSITY)
     sla_snapshot(Attention(), name="structure", expect=1)
+
+class TestWide:
+    def test_dit(self, sla_snapshot):
+        sla_snapshot(Attention(), name="../structure", sparsity=SPARSITY)
 """
 
 
@@ -491,13 +495,13 @@ def test_plugin(pytester, monkeypatch):
         run = pytester.runpytest_inprocess("-p", "sla_compile_pytest", "-p", "no:cacheprovider", *arguments)
         return run.parseoutcomes(), run.stdout.str()
 
-    assert outcomes("--sla-update-snapshots")[0] == {"passed": 2}
+    assert outcomes("--sla-update-snapshots")[0] == {"passed": 3}
     folder = pytester.path / "__sla_snapshots__" / "test_models"
     names = {f"test_dit-{length}{kind}.json" for length in (5000, 6000) for kind in ("", ".structure")}
-    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == {*names, "TestWide-test_dit...-structure.json"}
     pytester.makepyfile(test_models=USER_TEST.replace("SPARSITY", "0.8"))
     counts, text = outcomes()
-    assert counts == {"failed": 2} and '"sparsity": 0.8' in text and "--sla-update-snapshots" in text
+    assert counts == {"failed": 3} and '"sparsity": 0.8' in text and "--sla-update-snapshots" in text
 
 
 def test_plugin_does_not_load_torch():
