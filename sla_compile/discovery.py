@@ -180,8 +180,7 @@ def _observe(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Atte
 def _scopes(model: nn.Module, observer: _Observer) -> Iterator[None]:
     handles = []
     for name, module in model.named_modules():
-        has_parameters = next(module.parameters(), None) is not None
-        if module is not model and not has_parameters:
+        if module is not model and not _has_weights(module):
             continue  # a helper without parameters acts for its caller
         handles.append(module.register_forward_pre_hook(observer.enter(name), with_kwargs=True))
         handles.append(module.register_forward_hook(observer.leave, always_call=True))
@@ -190,6 +189,12 @@ def _scopes(model: nn.Module, observer: _Observer) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Whether it has parameters, or weights that torch.ao packed, which are none."""
+    packed = (name.endswith("_packed_params") for name, _ in module.named_modules())
+    return next(module.parameters(), None) is not None or any(packed)
 
 
 class _Observer(TorchFunctionMode):

@@ -333,6 +333,16 @@ def test_parameters_are_made_where_quantized_weights_are():
     assert all(p.is_meta for p in sla_compile.parameters(sla_compile.accelerate(model, config=CONFIG)))
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_attentions_whose_weights_are_packed_are_owners():
+    model = torch.ao.quantization.quantize_dynamic(build(), {nn.Linear})
+    assert not list(model.blocks[0].attn.parameters())
+    sla_compile.accelerate(model, config=CONFIG, example_inputs=make_inputs())
+    model(*make_inputs())
+    assert [site.name for site in sla_compile.report(model).rewritten] == ["blocks.0.attn", "blocks.1.attn"]
+
+
 def test_training_reaches_every_parameter():
     model = accelerated(trained=False).train()
     optimizer = torch.optim.SGD(sla_compile.parameters(model), lr=1.0)
