@@ -148,6 +148,8 @@ def _why_dense(match: Match, config: SLAConfig, may_guard: bool) -> str:
             f"the graph has no shapes for {match.name}: pass example_inputs to accelerate, or capture the graph with "
             "torch.export or torch.compile, which note them"
         )
+    if any(map(_is_transformed, (*values, mask_value))):
+        return "under a transform of torch.func, which the operator has no rule for"
     shapes = [operand.shape or tuple(value.shape) for operand, value in zip(operands, values, strict=True)]
     mask_shape = () if match.mask is None else match.mask.shape
     sizes = [size for shape in (*shapes, mask_shape) for size in shape]
@@ -171,6 +173,13 @@ def _why_dense(match: Match, config: SLAConfig, may_guard: bool) -> str:
         match.mask.written_out = not is_key_padding_mask(mask, query)  # type: ignore[arg-type]
     flags = (match.dropout_p, match.is_causal, match.enable_gqa, config)
     return why_dense(query, key, value, mask, *flags) or ""  # type: ignore[arg-type]
+
+
+def _is_transformed(value: Any) -> bool:
+    functorch = torch._C._functorch
+    return isinstance(value, torch.Tensor) and (
+        functorch.is_batchedtensor(value) or functorch.is_gradtrackingtensor(value)
+    )
 
 
 class _Described:

@@ -121,6 +121,15 @@ def test_nothing_eligible_is_logged_and_left_alone(caplog):
     assert "block.attn (2, 2, 130, 16) stays dense: causal attention" in caplog.messages
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of vmap's
+@pytest.mark.parametrize("transform", [torch.func.vmap, lambda f: torch.func.grad(lambda q: f(q).sum())])
+def test_transforms_of_functions_stay_dense(transform):
+    function, x = transform(lambda q: F.scaled_dot_product_attention(q, q, q)), torch.randn(3, 2, 2, 130, 16)
+    x = x if transform is torch.func.vmap else x[0]
+    torch.testing.assert_close(compiled(function, "aot_eager")(x), function(x))
+    assert [site.reason[:33] for (site,) in backend.reports()] == ["under a transform of torch.func, "]
+
+
 def test_accelerated_models_are_left_alone():
     model = sla_compile.accelerate(build(0), config=CONFIG, example_inputs=(inputs(), inputs(20, seed=1)))
     wanted = model(inputs(), inputs(20, seed=1))
