@@ -192,6 +192,9 @@ def test_errors_leave_the_file_that_was_there(tmp_path, monkeypatch):
         file_of(build(0), path, inputs)
     with pytest.raises(ValueError, match="rows_per_step must be a positive integer, got 0"):
         file_of(network(), path, inputs, rows_per_step=0)
+    for args in (inputs[0], {"x": inputs[0], "context": inputs[1]}):  # a tuple of it would be its rows, or its names
+        with pytest.raises(TypeError, match="args must be a tuple.*kwargs a dict.*got args of type"):
+            file_of(network(), path, args)
     with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
         sla_compile.export.onnx(network().train(), path, inputs)
     with pytest.raises(TypeError, match=r"is bfloat16, which ONNX Runtime does not run.*bfloat16=True"):
@@ -241,6 +244,12 @@ def test_low_bit_is_refused(tmp_path):
     with pytest.raises(Exception, match='low_bit="int8" has kernels only; accelerate with low_bit=None'):
         file_of(Call(), tmp_path / "attention.onnx", (torch.randn(1, 2, 200, 16),))
     assert not os.listdir(tmp_path)
+
+
+def test_from_the_module_of_a_program(tmp_path):
+    module = export(network(), make_inputs(200)).module()  # it cannot be put into eval mode
+    sla_compile.export.onnx(module, tmp_path / "network.onnx", make_inputs(200))
+    assert difference(run(tmp_path / "network.onnx", *make_inputs(200)), module(*make_inputs(200)).detach()) < TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["sla", "sla2"])

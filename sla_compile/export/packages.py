@@ -68,7 +68,12 @@ def exported(
         return model
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}")
-    if model.training:
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(
+            "args must be a tuple of positional arguments of the model's forward, and kwargs a dict of named ones, got "
+            f"args of type {type(args).__name__}"
+        )
+    if model.training and "eval" not in vars(model):  # a program's module has no modes, and refuses eval()
         raise ValueError("the model is in training mode; call model.eval() before exporting it")
     with torch.no_grad():
         return torch.export.export(model, tuple(args), kwargs, dynamic_shapes=dynamic_shapes)
