@@ -62,7 +62,7 @@ def accelerate_exported(
     edits = Edits(parameters)
     edits.rewrite((d.match, d.config) for d in decisions if d.config is not None)
     edits.commit()
-    module.meta[rewrite.META_KEY] = {"sites": sites, "caller": rewrite.caller()}
+    module.meta[rewrite.META_KEY] = rewrite.record(decisions)
     outputs, calls = _renamed_outputs(program, module.graph)
     signature = ExportGraphSignature(input_specs=parameters.input_specs(), output_specs=outputs)
     rewritten = ExportedProgram(

@@ -82,7 +82,7 @@ def accelerate_graph(
             _unshare(graph_module, path.rpartition(".")[0])
             graph_module.add_submodule(path, module)
         edits.commit()
-    graph_module.meta[META_KEY] = {"sites": sites, "caller": caller()}
+    graph_module.meta[META_KEY] = record(decisions)
     return sites
 
 
@@ -296,9 +296,9 @@ def _submodule(root: nn.Module, path: str) -> nn.Module | None:
 
 def check_fresh(graph_module: GraphModule) -> None:
     """Raises where the graph was accelerated before."""
-    record = graph_module.meta.get(META_KEY)
-    if record is not None:
-        raise RuntimeError(f"this graph is accelerated already, by a call at {record['caller']}")
+    kept = graph_module.meta.get(META_KEY)
+    if kept is not None:
+        raise RuntimeError(f"this graph is accelerated already, by a call at {kept['caller']}")
     if has_op(graph_module):
         raise RuntimeError(
             "this graph computes sparse-linear attention already: it was captured or saved after accelerate"
@@ -328,21 +328,47 @@ def recorded_sites(model: GraphModule | ExportedProgram) -> list[Site] | None:
     A program that was saved and loaded, or a graph captured from an accelerated model, has lost the record: its
     rewritten attentions are read off the graph, its dense ones are not known any more.
     """
+    found = recorded(model)
+    return None if found is None else found[0]
+
+
+def record(decisions: Sequence[Decision]) -> dict[str, Any]:
+    """What an accelerated graph keeps in its metadata."""
+    configs = {decision.config.fingerprint(): decision.config for decision in decisions if decision.config is not None}
+    return {"sites": [site(decision) for decision in decisions], "configs": configs, "caller": caller()}
+
+
+def recorded(model: GraphModule | ExportedProgram) -> tuple[list[Site], dict[str, SLAConfig]] | None:
+    """:func:`recorded_sites` with the configurations that they name by their fingerprint."""
     graph_module = model.graph_module if isinstance(model, ExportedProgram) else model
-    record = graph_module.meta.get(META_KEY)
-    if record is not None:
-        return list(record["sites"])
+    kept = graph_module.meta.get(META_KEY)
+    if kept is not None:
+        return list(kept["sites"]), dict(kept["configs"])
     if not has_op(graph_module):
         return None
     op = torch.ops.sla_compile.sparse_linear_attention.default
-    found = []
+    found, configs = [], {}
     for scope in scopes(graph_module):
         for node in scope.nodes:
             if node.target in (op, op.overloadpacket):
                 shape = scope.reader.shape(node.all_input_nodes[0]) or ()
                 name = owner(node).removesuffix(".sla") or (f"{scope.path}.{node.name}" if scope.path else node.name)
-                found.append(_row(name, shape, shape, rewritten=True, calls=scope.calls))
-    return found
+                config = _config_of(node, scope.reader.shape(node.args[7]) if node.args[7] is not None else None)
+                configs[config.fingerprint()] = config
+                row = _row(name, shape, shape, rewritten=True, calls=scope.calls, config=config.fingerprint())
+                found.append(row)
+    return found, configs
+
+
+def _config_of(node: torch.fx.Node, alpha: tuple | None) -> SLAConfig:
+    """The configuration that a call of the op has: for every length, as nothing compares it any more."""
+    sparsity, negligible, count, first, last, feature_map, linear, block_q, block_k, low_bit = node.args[11:21]
+    return SLAConfig(
+        sparsity=sparsity, negligible=negligible, method="sla" if alpha is None else "sla2", feature_map=feature_map,
+        linear=linear, block_q=block_q, block_k=block_k, critical_blocks=count or None,
+        pinned=(first, last), min_seq_len=1, alpha_per="head" if alpha is None or alpha[-1] == 1 else "block",
+        low_bit=None if low_bit == "none" else low_bit,
+    )  # fmt: skip
 
 
 def added_parameters(model: GraphModule | ExportedProgram) -> dict[str, nn.Parameter]:

@@ -275,15 +275,14 @@ def _examine_graph(model: Any, choice: Choice, example_inputs: Any, given: list[
     exported = isinstance(model, torch.export.ExportedProgram)
     graph_module = model.graph_module if exported else model
     title = type(model).__name__
-    recorded = rewrite.recorded_sites(model)
+    recorded = rewrite.recorded(model)
     if recorded is not None:
         _check_no_wishes(model, given)
+        sites, configs = recorded
         if rewrite.META_KEY not in graph_module.meta:  # captured from an accelerated model: its dense ones are there
             found = (Decision(match, None, "dense when it was captured") for match in find_attention(graph_module))
-            recorded += [rewrite.site(decision) for decision in found]
-        modules = () if exported else graph_module.modules()
-        known = {m.config.fingerprint(): m.config for m in modules if isinstance(m, SparseLinearAttention)}
-        return Examination(Report(title, tuple(recorded)), known, True)
+            sites += [rewrite.site(decision) for decision in found]
+        return Examination(Report(title, tuple(sites)), configs, True)
     constants = None
     if exported:
         specs = model.graph_signature.input_specs

@@ -208,6 +208,25 @@ def test_graphs_and_exported_programs():
     assert [row.reason for row in report.dense] == ["dense when it was captured"] * 2
 
 
+@pytest.mark.parametrize("options", [{}, {"method": "sla2", "pinned": (3, 70)}], ids=["sla", "sla2"])
+def test_snapshots_of_captured_and_rewritten_graphs_hold_the_configuration(tmp_path, options):
+    def captured(config):
+        return torch.export.export(sla_compile.accelerate(build(), config=config), make_inputs())
+
+    def rewritten(config):
+        return sla_compile.accelerate(torch.export.export(build(), make_inputs()), config=config)
+
+    config = CONFIG.replace(**options)
+    for graph, minimum in ((captured, 1), (rewritten, CONFIG.min_seq_len)):  # the op takes every length
+        path = tmp_path / f"{graph.__name__}.json"
+        assert_rewritten(graph(config), snapshot=path, update=True)
+        kept = json.loads(path.read_text())
+        assert kept["configurations"] == {"A": config.replace(min_seq_len=minimum).to_dict()}
+        assert [row["becomes"] for row in kept["attentions"]].count("sparse-linear A") == 2
+        with pytest.raises(AssertionError, match="differs from its snapshot"):
+            assert_rewritten(graph(config.replace(critical_blocks=2)), snapshot=path)
+
+
 # ---- snapshots -------------------------------------------------------------------------------------------------------
 
 
