@@ -347,25 +347,32 @@ def recorded(model: GraphModule | ExportedProgram) -> tuple[list[Site], dict[str
     if not has_op(graph_module):
         return None
     op = torch.ops.sla_compile.sparse_linear_attention.default
-    found, configs = [], {}
+    found: list[Site] = []
+    configs: dict[str, SLAConfig] = {}
     for scope in scopes(graph_module):
         for node in scope.nodes:
             if node.target in (op, op.overloadpacket):
                 shape = scope.reader.shape(node.all_input_nodes[0]) or ()
                 name = owner(node).removesuffix(".sla") or (f"{scope.path}.{node.name}" if scope.path else node.name)
-                config = _config_of(node, scope.reader.shape(node.args[7]) if node.args[7] is not None else None)
-                configs[config.fingerprint()] = config
-                row = _row(name, shape, shape, rewritten=True, calls=scope.calls, config=config.fingerprint())
-                found.append(row)
+                config = _config_of(node, scope.reader.shape)
+                fingerprint = "" if config is None else config.fingerprint()
+                if config is not None:
+                    configs[fingerprint] = config
+                found.append(_row(name, shape, shape, rewritten=True, calls=scope.calls, config=fingerprint))
     return found, configs
 
 
-def _config_of(node: torch.fx.Node, alpha: tuple | None) -> SLAConfig:
-    """The configuration that a call of the op has: for every length, as nothing compares it any more."""
-    sparsity, negligible, count, first, last, feature_map, linear, block_q, block_k, low_bit = node.args[11:21]
+def _config_of(node: torch.fx.Node, shape: Callable[[Any], Any]) -> SLAConfig | None:
+    """The configuration that a call of the op has: for every length, as nothing compares it any more. None where the
+    call is written otherwise than ours."""
+    if len(node.args) < 21:
+        return None
+    values: Any = node.args[11:21]
+    sparsity, negligible, count, first, last, feature_map, linear, block_q, block_k, low_bit = values
+    alpha = None if node.args[7] is None else shape(node.args[7])
     return SLAConfig(
-        sparsity=sparsity, negligible=negligible, method="sla" if alpha is None else "sla2", feature_map=feature_map,
-        linear=linear, block_q=block_q, block_k=block_k, critical_blocks=count or None,
+        sparsity=sparsity, negligible=negligible, method="sla" if node.args[7] is None else "sla2",
+        feature_map=feature_map, linear=linear, block_q=block_q, block_k=block_k, critical_blocks=count or None,
         pinned=(first, last), min_seq_len=1, alpha_per="head" if alpha is None or alpha[-1] == 1 else "block",
         low_bit=None if low_bit == "none" else low_bit,
     )  # fmt: skip
