@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from sla_compile.config import FEATURE_MAPS, LINEAR_SCOPES, METHODS, SLAConfig
+from sla_compile.config import FEATURE_MAPS, LINEAR_SCOPES, MAX_HEAD_DIM, METHODS, SLAConfig
 from sla_compile.usage import Subcommands, UsageError, count, device_named
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def run_bench(given: argparse.Namespace) -> int:
         raise UsageError(f"--output {given.output}: the folder {given.output.parent} does not exist")
     if given.output is not None and find_spec("matplotlib") is None:
         raise UsageError('--output draws a picture, which needs matplotlib: pip install "sla-compile[demo]"')
+    if given.dim > MAX_HEAD_DIM:
+        raise UsageError(f"--dim: head dimensions up to {MAX_HEAD_DIM} are supported, got {given.dim}")
     if given.peer is not None and not (given.peer / "sparse_linear_attention").is_dir():
         raise UsageError(f"--peer {given.peer} holds no sparse_linear_attention; get it with: {PEER}")
     if given.peer is not None and not gpu:

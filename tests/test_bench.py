@@ -110,6 +110,7 @@ def test_whole_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     [
         (["--sparsity", "1.5"], "sparsity must be in (0, 1)"),
         (["--output", "nowhere/stem"], "the folder nowhere does not exist"),
+        (["--dim", "300"], "--dim: head dimensions up to 256 are supported, got 300"),
         (["--peer", "."], "holds no sparse_linear_attention; get it with: git clone"),
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--model", "--frames", "4"], "frames must be 4 n + 1"),
