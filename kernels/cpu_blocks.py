@@ -23,14 +23,15 @@ CHUNK_TOKENS = 512
 GROUP_ROWS = 8
 
 # NOTE [Kept buffers]
-# Memory fresh from the operating system costs a page fault per 4 KB, 5 % of a call at 8192 tokens: a thread keeps this
-# much of its buffers from call to call.
+# Memory fresh from the operating system costs a page fault per 4 KB, 5 % of a call at 8192 tokens, or the zeros of huge
+# pages, up to 25 % of a backward at 16384: a thread keeps this much of its buffers from call to call, and the rest
+# until the system wants the memory, where it knows of that (MADV_FREE).
 KEPT_BYTES = 2**26
 
 # NOTE [Huge pages]
-# What is larger is fresh in every call, and states that are read here and there miss the processor's table of pages:
-# where the system has pages of 2 MB (Linux, if only on advice), buffers from this size on ask for them. Measured at
-# 16384 tokens: 9 % of a forward, 13 % of a backward.
+# States that are read here and there miss the processor's table of pages: where the system has pages of 2 MB (Linux, if
+# only on advice), buffers from this size on ask for them. Measured at 16384 tokens: 9 % of a forward, 13 % of a
+# backward.
 HUGE_BYTES = 2**22
 
 _THREAD = threading.local()
@@ -42,6 +43,7 @@ class Workspace:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._mapped: dict[tuple[str, torch.dtype], mmap.mmap | None] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised contiguous tensor; the previous one of that name and dtype is overwritten."""
@@ -50,7 +52,8 @@ class Workspace:
         buffer = self._buffers.get(slot)
         if buffer is None or buffer.numel() < elements:
             with torch.inference_mode(False):  # a later call outside of it writes here, too
-                buffer = self._buffers[slot] = _empty(elements, slot[1])
+                buffer, self._mapped[slot] = _empty(elements, slot[1])
+            self._buffers[slot] = buffer
         return buffer[:elements].view(shape)
 
     def copy(self, tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
@@ -58,23 +61,34 @@ class Workspace:
         return tensor if tensor.dtype == dtype else self(name, *tensor.shape, dtype=dtype).copy_(tensor)
 
     def trim(self, limit: int) -> None:
-        """Drops the largest buffers until the rest takes at most `limit` bytes."""
+        """Drops the largest buffers, or lends them to the system, until the rest takes at most `limit` bytes."""
         kept = 0
         for slot, buffer in sorted(self._buffers.items(), key=lambda item: item[1].numel()):
             kept += buffer.nbytes
-            if kept > limit:
-                del self._buffers[slot]
+            if kept > limit and not _lend(self._mapped[slot]):
+                del self._buffers[slot], self._mapped[slot]
 
 
-def _empty(elements: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory. NOTE [Huge pages]"""
+def _empty(elements: int, dtype: torch.dtype) -> tuple[Tensor, mmap.mmap | None]:
+    """Uninitialised memory, and its mapping where it has one of its own. NOTE [Huge pages]"""
     size = elements * dtype.itemsize
     if size < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(elements, dtype=dtype)
+        return torch.empty(elements, dtype=dtype), None
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages: then they are small
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype), memory
+
+
+def _lend(memory: mmap.mmap | None) -> bool:
+    """Lets the system take memory whose contents do not matter until it is written to; False where it cannot."""
+    if memory is None or not hasattr(mmap, "MADV_FREE"):
+        return False
+    try:
+        memory.madvise(mmap.MADV_FREE)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -363,7 +364,19 @@ def test_kept_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         with cpu_blocks.thread_workspace(torch.float32) as other:
             assert other is not workspace
     with cpu_blocks.thread_workspace(torch.float32) as workspace:
-        assert sum(buffer.nbytes for buffer in workspace._buffers.values()) <= 100_000
+        kept = [buffer.nbytes for buffer in workspace._buffers.values() if buffer.nbytes < cpu_blocks.HUGE_BYTES]
+        assert sum(kept) <= 100_000
+
+
+def test_large_buffers_are_lent_to_the_system_or_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace, elements = cpu_blocks.Workspace(torch.float32), cpu_blocks.HUGE_BYTES // 4
+    large, small = workspace("large", elements).fill_(1), workspace("small", 100)
+    workspace.trim(small.nbytes)
+    assert ("large", torch.float32) in workspace._buffers or not hasattr(mmap, "MADV_FREE")
+    assert torch.equal(workspace("large", elements).fill_(2), large.fill_(2))
+    monkeypatch.setattr(cpu_blocks, "_lend", lambda memory: False)
+    workspace.trim(small.nbytes)
+    assert list(workspace._buffers) == [("small", torch.float32)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
