@@ -46,7 +46,8 @@ EXACT = SPARSE.replace(critical_blocks=10**6)
 ONE_GRAPH = [1, 1, 0]  # static at first, then dynamic, then nothing to do
 LEGEND = """
 Each model has two layers, two to four heads of dimension 6 to 32 and 130 to 400 tokens; CPU, float32, torch {torch},
-diffusers {diffusers}. `min_seq_len` is {length}, so that prompts alone are too short.
+diffusers {diffusers}. `min_seq_len` is {length}, so that prompts alone are too short;
+`padding_masks=True` where the name says so.
 
 * **rewritten**: attentions that become sparse-linear, of those found with `example_inputs`.
 * **by structure**: whether `accelerate` without `example_inputs` rewrites the same attentions with the same output, to
