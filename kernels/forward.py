@@ -107,7 +107,13 @@ def ragged_steps(entries_ptr, count, key_blocks, length, BLOCK_K: tl.constexpr, 
     return tl.where((last == key_blocks - 1) & (length % BLOCK_K != 0), STEPS, 0)
 
 
-@triton.jit(do_not_specialize=["head_start", "heads", "group", "length", "query_blocks", "key_blocks"])
+# Nor alpha's strides: they are numbers of query blocks, and a kernel would be compiled for each kind of length.
+@triton.jit(
+    do_not_specialize=[
+        "head_start", "heads", "group", "length", "query_blocks", "key_blocks",
+        "stride_alpha_batch", "stride_alpha_head", "stride_alpha_block",
+    ]
+)  # fmt: skip
 def forward_kernel(
     query_ptr,
     key_ptr,

@@ -21,7 +21,12 @@ from sla_compile.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["head_start", "heads", "group", "length", "query_blocks"])
+@triton.jit(
+    do_not_specialize=[
+        "head_start", "heads", "group", "length", "query_blocks",
+        "stride_alpha_batch", "stride_alpha_head", "stride_alpha_block",
+    ]
+)  # fmt: skip
 def query_linear_kernel(
     grad_output_ptr,
     query_ptr,

@@ -51,3 +51,31 @@ def test_no_value_is_read(config: SLAConfig, masked: bool, dtype: torch.dtype, m
     output, logsumexp = gpu.forward(query, key, key, spec=spec, proj_weight=weight, **prepared)
     gpu.backward(output, query, key, key, output, logsumexp, spec=spec, proj_weight=weight, **prepared)
     assert {"select_kernel", "forward_kernel", "query_gradient_kernel", "key_gradient_kernel"} <= set(launched)
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_another_length_compiles_no_large_kernel(block_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton builds into a kernel, ones and multiples of 16 among the integers, is the same for all lengths."""
+    built: dict[str, set[Any]] = {}
+
+    def launch(kernel: Any, programs: int, **arguments: Any) -> None:
+        of_integers = []
+        for parameter in kernel.params:
+            value = arguments.get(parameter.name)
+            if isinstance(value, int) and not parameter.do_not_specialize:
+                of_integers.append((parameter.name, value if parameter.is_constexpr else (value == 1, value % 16 == 0)))
+        built.setdefault(kernel.fn.__name__, set()).add(tuple(of_integers))
+
+    monkeypatch.setattr(gpu, "launch", launch)
+    monkeypatch.setattr(gpu, "target_of", lambda device: Target.of_arch(90))
+    for length in (32760, 75600, 100, 1000):
+        blocks = -(-length // block_q), -(-length // 64)
+        tokens = torch.empty(1, length, 3, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+        classes = torch.empty(1, 3, *blocks, dtype=torch.int8, device="meta")
+        alpha, mean = torch.empty(1, 3, blocks[0], device="meta"), torch.empty(1, 3, 128, device="meta")
+        options: dict[str, Any] = dict(alpha=alpha, key_mean=mean)
+        output, logsumexp = gpu.forward(tokens, tokens, tokens, classes, Spec(1.0, block_q=block_q), **options)
+        gpu.backward(output, tokens, tokens, tokens, output, logsumexp, classes, Spec(1.0, block_q=block_q), **options)
+    small = {"block_lists_kernel"}  # a map's rows are read 16 bytes at a time where its width lets them
+    assert {name for name, kinds in built.items() if len(kinds) > 1} <= small
+    assert "forward_kernel" in built and "query_linear_kernel" in built
