@@ -88,6 +88,28 @@ def test_a_rival_that_fails_is_named(
     assert bench_rivals.OURS_SPARSE in out
 
 
+def test_a_rival_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from sla_compile import bench_rivals
+
+    def broken(*_: object) -> None:
+        raise TypeError("from_kv_blocks() takes other arguments")
+
+    monkeypatch.setattr(bench_rivals, "_flex", broken)
+    assert main(["bench", "--length", "128", "--flex", *SMALL]) == 0
+    assert "not here: flex_attention, same blocks: from_kv_blocks() takes" in capsys.readouterr().out
+
+
+def test_our_sparse_branch_is_timed_without_a_look_at_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sla_compile import bench_rivals, functional
+
+    inputs = bench.Inputs(bench.Shape(1, 1, 200, 16, torch.float32, torch.device("cpu")), SLAConfig())
+    config = SLAConfig(linear="none", negligible=0)
+    block_map = functional.route(inputs.query, inputs.key, config=config)
+    expected = functional.sparse_linear_attention(*inputs.tokens, config=config, block_map=block_map)
+    monkeypatch.delattr(functional, "_check_block_map")
+    assert torch.equal(bench_rivals._alone(inputs, block_map, config)(), expected)
+
+
 def test_whole_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """With a model of the same class but small, and not compiled: that is torch's."""
     diffusers = pytest.importorskip("diffusers")
