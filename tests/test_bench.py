@@ -110,6 +110,11 @@ def test_our_sparse_branch_is_timed_without_a_look_at_the_map(monkeypatch: pytes
     assert torch.equal(bench_rivals._alone(inputs, block_map, config)(), expected)
 
 
+def test_environment_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert bench.environment(torch.device("cpu"))["commit"] == "unknown"
+
+
 def test_whole_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """With a model of the same class but small, and not compiled: that is torch's."""
     diffusers = pytest.importorskip("diffusers")
