@@ -87,6 +87,10 @@ class Session:
             except NotImplementedError as error:  # low_bit that the device has no products for
                 self.checked[config] = False
                 self.summary.append(f"not here: {label(config)}: {error}")
+            except Exception as error:  # of a compiler, say: the others can still be measured
+                self.console.print_exception()
+                self.checked[config] = False
+                self.failed.append(f"{label(config)}: {type(error).__name__}: {error}")
             else:
                 self.checked[config] = wrong is None
                 if wrong:
@@ -124,7 +128,12 @@ def tests(session: Session) -> None:
     with log.open("w") as file:
         try:
             status = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=file, timeout=TESTS_SHARE * session.left
+                command,
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},  # of each worker, which computes references
+                stdout=file,
+                stderr=file,
+                timeout=TESTS_SHARE * session.left,
             ).returncode
         except subprocess.TimeoutExpired:
             status = -1
@@ -193,6 +202,7 @@ def attention(session: Session) -> None:
         session.summary += ratios(name, pictures[name])
         session.results["attention"] = [dataclasses.asdict(row) for row in rows]
         session.keep("attention", rows, {f"attention-{key}": value for key, value in pictures.items()})
+        session.write()  # the next size may take longer than whoever waits
 
 
 def contenders(

@@ -135,3 +135,18 @@ def test_roofline_takes_what_is_slowest(roofline: ModuleType) -> None:
     assert roofline.Work(1e12, 1e6, 1e6).milliseconds(limits) == 1000
     assert roofline.Work(1e6, 1e9, 1e6).milliseconds(limits) == 1000
     assert roofline.Work(1e6, 1e6, 1e9).milliseconds(limits) == 500
+
+
+def test_a_configuration_that_does_not_compile_is_left_out(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def check(shape: bench.Shape, config: SLAConfig) -> str | None:
+        if config.linear == "all":
+            raise RuntimeError("out of registers")
+        return None
+
+    monkeypatch.setattr(bench, "check", check)
+    assert script.main([*CPU, str(tmp_path), "--steps", "attention"]) == 1
+    assert "FAILED sla 0.95 q64 all: RuntimeError: out of registers" in capsys.readouterr().out
+    names = {row["name"] for row in csv.DictReader((tmp_path / "attention.csv").read_text().splitlines())}
+    assert {"dense", "sla 0.95 q128", "sla 0.95 q64"} <= names and "sla 0.95 q64 all" not in names

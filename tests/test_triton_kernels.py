@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, target
+from hypothesis import HealthCheck, Phase, given, settings, target
 from hypothesis import strategies as st
 from kernel_cases import Case
 from kernel_cases import run as run_case
@@ -232,6 +232,8 @@ def drawn_cases(draw: st.DrawFn) -> Any:
     deadline=None,
     derandomize=EXAMPLES <= 10,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    # On a GPU every step of shrinking compiles eight kernels.
+    phases=[phase for phase in Phase if not (torch.cuda.is_available() and phase == Phase.shrink)],
     print_blob=True,
 )
 @given(case=drawn_cases())
