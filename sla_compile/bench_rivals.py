@@ -118,7 +118,7 @@ def _flex(inputs: Inputs, block_map: Tensor, config: SLAConfig, backward: bool) 
     blocks = config.block_q, config.block_k
     mask = BlockMask.from_kv_blocks(*none, counts, indices, BLOCK_SIZE=blocks, seq_lengths=lengths)
     # Of the rows that torch's backward takes by itself none fits blocks of 64 keys on sm_90, of those it times many do.
-    options = {"max_autotune": True} if inputs.query.is_cuda else None
+    options: Any = {"max_autotune": True} if inputs.query.is_cuda else None
     # Static: the second length measured would be compiled for any length.
     compiled: Any = torch.compile(flex_attention, dynamic=False, options=options)
     # On the CPU it refuses whatever requires a gradient.
