@@ -44,7 +44,7 @@ class SLAConfig:
         min_seq_len: shorter sequences, in tokens, stay dense.
         padding_masks: whether a mask that is written out for each query, (batch, 1 or heads, L, L), which stays dense
             otherwise, is taken for a key-padding mask. Every call asserts that all queries have the same keys or none:
-            the output of those is zero. ONNX has no assertions.
+            the output of those is zero. It reads the mask three times in every call. ONNX has no assertions.
         alpha_per: what shares an alpha of SLA2: a whole ``"head"``, which fits every length, or a head's query
             ``"block"`` (the paper), which binds the parameters to one length.
         low_bit: precision of the sparse branch's forward: ``None`` (as the inputs), ``"int8"`` or ``"fp8"``.
