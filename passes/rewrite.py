@@ -149,7 +149,7 @@ def _why_dense(match: Match, config: SLAConfig, may_guard: bool) -> str:
             "torch.export or torch.compile, which note them"
         )
     if any(map(_is_transformed, (*values, mask_value))):
-        return "under a transform of torch.func, which the operator has no rule for"
+        return "under a transform of torch.func, where graphs are not rewritten"
     shapes = [operand.shape or tuple(value.shape) for operand, value in zip(operands, values, strict=True)]
     mask_shape = () if match.mask is None else match.mask.shape
     sizes = [size for shape in (*shapes, mask_shape) for size in shape]

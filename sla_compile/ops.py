@@ -14,6 +14,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from sla_compile import transforms
 from sla_compile.config import SLAConfig
 from sla_compile.kernels.layout import transposed_empty
 from sla_compile.kernels.masks import key_bias
@@ -54,6 +55,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, L, D) and log-sum-exp of the sparse branch (B, H, L); arguments as in SLAConfig, 0 critical_blocks
     meaning by share, low_bit "none" for 16 bits. With `alpha` it is SLA2, else SLA."""
+    transforms.refuse_tangents(query, key, value, proj_weight, proj_bias, alpha)
     spec = Spec(scale, feature_map, linear, block_q, block_k, low_bit)
     routing = (sparsity, negligible, critical_blocks, (pinned_first, pinned_last), router_q, router_k)
     return _kernels(query, low_bit).forward(
@@ -254,7 +256,12 @@ def _autograd(ctx: Any, grad_output: Tensor | None, _grad_logsumexp: None) -> tu
     return (*kept, None, None, of_alpha, *(None,) * (2 + len(ctx.scalars)))
 
 
+def _save_nothing(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """The context of an operator without a derivative."""
+
+
 sparse_linear_attention_op.register_autograd(_autograd, setup_context=_setup_context)
+sparse_linear_attention_backward_op.register_autograd(transforms.second_derivative)
 
 
 def autocast_tokens(*tensors: Tensor) -> list[Tensor]:
@@ -281,5 +288,7 @@ def _register_autocast(device_type: str, dispatch_key: str) -> None:
 
 
 _LIBRARY = torch.library.Library("sla_compile", "FRAGMENT")
+transforms.register(_LIBRARY, "sparse_linear_attention", _setup_context, _autograd)
+transforms.register(_LIBRARY, "sparse_linear_attention_backward", _save_nothing, transforms.second_derivative)
 _register_autocast("cpu", "AutocastCPU")
 _register_autocast("cuda", "AutocastCUDA")

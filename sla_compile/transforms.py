@@ -1,0 +1,65 @@
+"""The operators under torch.func and forward-mode differentiation.
+
+``torch.library.register_autograd`` makes an autograd.Function that torch.func does not take; under ``torch.func.jvp``,
+and for dual tensors under ``torch.no_grad``, the operator would count as a constant: a wrong derivative without a word.
+So while a transform is active the operators run as autograd.Functions that know of transforms: ``grad``, ``vjp`` and
+``vmap`` work as those of dense attention do, forward mode is refused, as PyTorch's fused kernels refuse it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+_DENSE = (
+    "compute it inside `with sla_compile.dense(model):`, where PyTorch's own attention needs the backend "
+    "torch.nn.attention.SDPBackend.MATH for it"
+)
+
+
+def register(
+    library: torch.library.Library, name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> None:
+    """Lets torch.func take the operator ``sla_compile::<name>``, which has several outputs.
+
+    Args:
+        setup_context, backward: as ``torch.library.register_autograd`` takes them.
+    """
+    operator = getattr(torch.ops.sla_compile, name)
+
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return operator(*arguments)
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        samples = [
+            operator(*(a if dim is None else a.select(dim, index) for a, dim in zip(arguments, in_dims, strict=True)))
+            for index in range(info.batch_size)
+        ]
+        outputs = tuple(torch.stack(output) for output in zip(*samples, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise _no_forward_mode()
+
+    methods = dict(forward=forward, setup_context=setup_context, backward=backward, vmap=vmap, jvp=jvp)
+    function = type(name, (torch.autograd.Function,), {key: staticmethod(body) for key, body in methods.items()})
+    library.impl(name, lambda *arguments: function.apply(*arguments), "FuncTorchDynamicLayerFrontMode")
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raises NotImplementedError where a tensor is dual: no operator's kernel carries tangents on."""
+    if any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise _no_forward_mode()
+
+
+def second_derivative(ctx: Any, *grads: Tensor | None) -> Any:
+    """The backward of the backward operators."""
+    raise NotImplementedError(f"sparse_linear_attention has no second derivative: {_DENSE}")
+
+
+def _no_forward_mode() -> NotImplementedError:
+    return NotImplementedError(f"sparse_linear_attention has no forward-mode derivative: {_DENSE}")
