@@ -149,6 +149,7 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         if case.low_bit != "none":  # the other kernels are the same as without
             own = forward_kernel, quantize_kernel, query_gradient_kernel
             return [(kernel, arguments) for kernel, arguments in found if kernel in own]
+        gpu.pool_blocks(tokens, case.block_q, options["key_bias"])
         gpu.select_blocks(torch.empty(block_map.shape, device="meta"), 3, 6, 0, block_map.shape[3])
     finally:
         gpu.launch, gpu.target_of = kept

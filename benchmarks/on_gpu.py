@@ -6,8 +6,9 @@
     python benchmarks/on_gpu.py --output results --device cpu --small     # tries the script itself
 
 Steps: the kernels' tests on the device; ceilings, what the machine copies and multiplies; attention of Wan2.1's 1.3B
-and 14B against every rival; kernels, one by one next to a roofline (roofline.py); a sweep over lengths and sparsities
-that says from where on sparse-linear attention is faster than dense. What no time is left for is named and left out.
+and 14B against every rival; kernels, one by one next to a roofline (roofline.py); pieces, what a call's transient memory
+buys; a sweep over lengths and sparsities that says from where on sparse-linear attention is faster than dense. What no
+time is left for is named and left out.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ SHAPES = {"1.3B": (12, 32760), "14B": (40, 75600)}  # heads and tokens of Wan2.1
 SWEPT_LENGTHS, SWEPT_SPARSITIES = (2048, 4096, 8192, 16384, 32760), (0.8, 0.9, 0.95, 0.97)
 COPIED = {"memory": 2**32, "cache": 2**23}  # bytes: far more than a GPU's second-level cache, and far less
 TESTS_SHARE = 0.6  # of the time that is left
+PIECES = 32, 64, 128, 192, 384  # MiB of transient tensors; 32 is one head of 1.3B
 KERNELS_SHOWN = 12  # of each direction in the summary; all are in results.json
 
 
@@ -314,7 +316,34 @@ def sweep(session: Session) -> None:
             session.summary.append(f"sweep {label(config)} {direction}: faster from {faster:g} tokens on ({parts})")
 
 
-STEPS = {step.__name__: step for step in (tests, ceilings, attention, kernels, sweep)}
+def pieces(session: Session) -> None:
+    """Time and memory against the size of the pieces that a call works in: smaller ones stay in the cache."""
+    from sla_compile.kernels import gpu
+
+    name, shape = next(iter(session.shapes().items()))
+    config, kept = SLAConfig(block_q=128), gpu.TRANSIENT_BYTES
+    if not session.correct(shape, config):
+        return
+    found, _ = contenders(session, shape, [config], flex=False)
+    compared = [next(one for one in found if one.name.startswith("dense")), found[-1]]
+    rows: list[Row] = []
+    try:
+        for mebibytes in PIECES:
+            if session.out_of_time(f"pieces of {mebibytes} MiB"):
+                continue
+            gpu.TRANSIENT_BYTES = mebibytes << 20
+            grad = Inputs(shape, config).grad
+            measured = bench.measure(shape, compared, grad, session.repeats, True, session.console)[2:]
+            rows += [dataclasses.replace(row, name=f"{row.name}, {mebibytes} MiB") for row in measured]
+    finally:
+        gpu.TRANSIENT_BYTES = kept
+    session.keep("pieces", rows, {})
+    for row in rows:
+        memory = "" if row.peak_mib is None else f", {row.peak_mib:.0f} MiB"
+        session.summary.append(f"pieces of {name}, {row.name} {row.direction}: {row.p50:.3g} ms{memory}")
+
+
+STEPS = {step.__name__: step for step in (tests, ceilings, attention, kernels, pieces, sweep)}
 
 
 def main(given: list[str] | None = None) -> int:

@@ -52,8 +52,9 @@ def kernel_work(shape: Shape, config: SLAConfig, *, backward: bool) -> dict[str,
     scores = 2 * blocks * config.block_q * config.block_k * dim  # one product over the critical blocks
     state = dim * (dim + 1) * (2 if shape.dtype == torch.bfloat16 else 4)
     of_rows, of_columns = heads * rows * state, heads * columns * state
-    projected = config.has_projection
+    projected, kept = config.has_projection, tokens * (1 if shape.dtype == torch.bfloat16 else 4 // item)
     lists = heads * rows * columns + 4 * blocks  # bytes of the map and its entries
+    pool = Work(0, 2 * tokens)
     select = Work(0, 5 * heads * rows * columns)  # scores, and a byte of the map
     keys_again = 2 * blocks * config.block_k * dim * item
     sums = Work(2 * heads * rows * columns * dim * (dim + 1), of_rows + of_columns)
@@ -61,6 +62,7 @@ def kernel_work(shape: Shape, config: SLAConfig, *, backward: bool) -> dict[str,
         low = {None: 0, "int8": 1, "fp8": 2}[config.low_bit]  # operands of 8 bits: keys, and values
         read = keys_again - low * (item - 1) * blocks * config.block_k * dim
         work = {
+            "pool_kernel": pool,
             "select_kernel": select,
             "block_lists_kernel": Work(0, lists),
             "summaries_kernel": Work((1 + projected) * product, 2 * tokens + of_columns),
@@ -70,14 +72,17 @@ def kernel_work(shape: Shape, config: SLAConfig, *, backward: bool) -> dict[str,
         if low:
             work["quantize_kernel"] = Work(0, low * (item + 1) * tokens / item)
         return work
-    weights = 4 * heads * columns * dim**2 if projected else 0
-    return {
+    work = {
+        "pool_kernel": pool,
         "select_kernel": select,
         "block_lists_kernel": Work(0, 2 * lists),
         "summaries_kernel": Work((1 + projected) * product, 2 * tokens + of_columns),
         "sums of states": Work(2 * sums.operations, 2 * sums.memory),
         "query_linear_kernel": Work(2 * product, 4 * tokens + 2 * of_rows),
-        "key_linear_kernel": Work((5 if projected else 2) * product, 4 * tokens + of_columns + weights),
+        "key_linear_kernel": Work(2 * (1 + projected) * product, 4 * tokens + of_columns + projected * kept),
         "query_gradient_kernel": Work(3 * scores, 6 * tokens, keys_again),
         "key_gradient_kernel": Work(4 * scores, 8 * tokens, 2 * blocks * config.block_q * dim * item),
     }
+    if projected:
+        work["projection_gradient_kernel"] = Work(product, tokens + kept)
+    return work

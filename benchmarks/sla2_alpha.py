@@ -61,8 +61,10 @@ def of_model(weights: str, count: int = 8) -> dict[str, list[Sample]]:
 
 def pooled_mass(sample: Sample, block_map: Tensor, config: SLAConfig) -> Tensor:
     """(H, T_m): share of the pooled scores' softmax, weighted by block sizes, on the chosen blocks."""
-    query, key, size = pooled_tokens(sample.query, sample.key, config.block_q, config.block_k, None)
-    scores = default_scale(None, query.shape[-1]) * query @ key.transpose(-1, -2) + size.log().transpose(-1, -2)
+    query, key, _ = pooled_tokens(sample.query, sample.key, config.block_q, config.block_k, None)
+    starts = torch.arange(key.shape[2]) * config.block_k
+    sizes = (sample.key.shape[2] - starts).clamp(max=config.block_k)
+    scores = default_scale(None, query.shape[-1]) * query @ key.transpose(-1, -2) + sizes.log()
     return (scores.softmax(-1) * (block_map == 1)).sum(-1)[0]
 
 

@@ -15,8 +15,9 @@ from sla_compile.kernels.backward import key_gradient_kernel, query_gradient_ker
 from sla_compile.kernels.block_lists import block_lists_kernel
 from sla_compile.kernels.forward import forward_kernel
 from sla_compile.kernels.layout import addressing, padded_dims, stride_of, strides_of, transposed_empty
-from sla_compile.kernels.linear_backward import key_linear_kernel, query_linear_kernel
+from sla_compile.kernels.linear_backward import key_linear_kernel, projection_gradient_kernel, query_linear_kernel
 from sla_compile.kernels.low_bit import quantize_kernel
+from sla_compile.kernels.pooling import pool_kernel
 from sla_compile.kernels.quantize import LOW_BIT, channel_scales
 from sla_compile.kernels.selection import select_kernel
 from sla_compile.kernels.smoothing import token_mean
@@ -26,9 +27,11 @@ from sla_compile.kernels.symbolic import largest, padded_to
 from sla_compile.kernels.tuning import Plan, plan, target_of
 
 # Bound on what a call allocates besides its results: heads are processed in chunks that stay below it.
-TRANSIENT_BYTES = 1 << 28
+TRANSIENT_BYTES = 3 << 26
 # With linear="all" the states are summed in two steps: this many partial sums of a head, then one.
 PARTIAL_SUMS = 64
+# The projection's gradient is summed in two steps: over this many tokens of a head, then over all.
+PROJECTION_TOKENS = 2048
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -125,6 +128,23 @@ def backward(
     if grad_weight is not None and proj_weight is not None:
         grad_weight = grad_weight.to(proj_weight.dtype)
     return *grads, grad_weight, grad_bias, grad_alpha
+
+
+def pool_blocks(tokens: Tensor, block: int, key_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """:func:`sla_compile.kernels.routing.pool_blocks` in one launch."""
+    batch, heads, length, dim = tokens.shape
+    blocks = num_blocks(length, block)
+    means = torch.empty(batch, heads, blocks, dim, device=tokens.device)
+    counts = None if key_bias is None else torch.empty(batch, heads, blocks, 1, device=tokens.device)
+    with torch.cuda.device_of(tokens):
+        launch(
+            pool_kernel,
+            batch * heads * blocks,
+            tokens_ptr=tokens, key_bias_ptr=key_bias, means_ptr=means, counts_ptr=counts,
+            **strides_of("tokens", tokens), **strides_of("bias", key_bias, "batch", "token"), heads=heads,
+            length=length, blocks=blocks, HEAD_DIM=dim, DIMS=padded_dims(dim), BLOCK=block, **addressing(tokens),
+        )  # fmt: skip
+    return means, counts
 
 
 def select_blocks(scores: Tensor, critical: int, skipped: int, leading: int, trailing: int) -> Tensor:
@@ -318,19 +338,19 @@ class _Call:
             start = self.start * self.group
             grad_alpha.view(-1, rows)[start : start + heads] = grad_shares.sum(2)
 
-        grad_weights = None
+        grad_weights = grad_projected = None
         if grad_states is not None:
             grad_sums = self.linear_grad_sums(grad_states)
             del grad_states
             chosen = self.plan.key_linear
             tiles = columns * (self.spec.block_k // chosen.tile_k)
             if self.proj_weight is not None:
-                grad_weights = self.empty(self.units, tiles, self.head_dim, self.head_dim)
+                grad_projected = self.empty(self.units, *self.key.shape[2:], dtype=self.state_dtype)
             launch(
                 key_linear_kernel,
                 self.units * tiles,
                 weight_ptr=self.proj_weight, key_bias_ptr=self.key_bias, key_mean_ptr=self.key_mean,
-                grad_sums_ptr=grad_sums, grad_weights_ptr=grad_weights, **of_keys,
+                grad_sums_ptr=grad_sums, grad_projected_ptr=grad_projected, **of_keys,
                 **strides_of("weight", self.proj_weight, "out", "in"),
                 **strides_of("bias", self.key_bias, "batch", "token"),
                 **strides_of("mean", self.key_mean, "batch", "head", "dim"), head_start=self.start,
@@ -341,6 +361,9 @@ class _Call:
                 **addresses, **chosen.options,
             )  # fmt: skip
             del grad_sums
+            if grad_projected is not None:
+                grad_weights = self.projection_gradient(grad_projected)
+                del grad_projected
 
         # What the linear branch wrote is added to by the kernels that follow.
         chosen = self.plan.query_gradient
@@ -361,6 +384,22 @@ class _Call:
             self.units * columns * (self.spec.block_k // chosen.tile_k),
             logsumexp_ptr=logsumexp, delta_ptr=delta, entries_ptr=entries, counts_ptr=counts, **shared, **of_keys,
             head_start=self.start, **self.common(), **chosen.tiles,
+        )  # fmt: skip
+        return grad_weights
+
+    def projection_gradient(self, grad_projected: Tensor) -> Tensor:
+        """Parts of the gradient to the projection, float32 (units, parts, D, D), from that to the projected values."""
+        parts = num_blocks(self.key.shape[2], PROJECTION_TOKENS)
+        grad_weights = self.empty(self.units, parts, self.head_dim, self.head_dim)
+        chosen = self.plan.summaries  # of the same products
+        launch(
+            projection_gradient_kernel,
+            self.units * parts * num_blocks(self.head_dim, chosen.slice),
+            value_ptr=self.value, grad_projected_ptr=grad_projected, grad_weights_ptr=grad_weights,
+            **strides_of("value", self.value), head_start=self.start, heads=self.key.shape[1],
+            length=self.key.shape[2], parts=parts, part_tokens=PROJECTION_TOKENS, HEAD_DIM=self.head_dim,
+            DIMS=padded_dims(self.head_dim), PRECISION=self.plan.precision, **addressing(self.value),
+            SLICE=chosen.slice, TILE_K=chosen.tile_k, **chosen.options,
         )  # fmt: skip
         return grad_weights
 

@@ -28,7 +28,8 @@ def strides_of(name: str, tensor: Tensor | None, *dimensions: str) -> dict[str, 
     """Keyword arguments stride_<name>_<dimension> of a tensor, zeros where there is none."""
     dimensions = dimensions or ("batch", "head", "token", "dim")
     prefix = f"stride_{name}_" if name else "stride_"
-    return {prefix + dimension: stride_of(tensor, index) for index, dimension in enumerate(dimensions)}
+    strides = (0,) * len(dimensions) if tensor is None else tensor.stride()
+    return {prefix + dimension: stride for dimension, stride in zip(dimensions, strides, strict=True)}
 
 
 def stride_of(tensor: Tensor | None, dimension: int) -> int:

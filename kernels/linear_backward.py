@@ -188,7 +188,7 @@ def key_linear_kernel(
     grad_sums_ptr,
     grad_key_ptr,
     grad_value_ptr,
-    grad_weights_ptr,
+    grad_projected_ptr,
     stride_key_batch,
     stride_key_head,
     stride_key_token,
@@ -228,11 +228,12 @@ def key_linear_kernel(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The linear branch's part of dK and dV of TILE_K keys of one key-value head, and their part of dW.
+    """The linear branch's part of dK and dV of TILE_K keys of one key-value head, and what dW is made of.
 
     With phi = diag(w) phi(K) and V' = V W^T, and dH, dZ summed over the query blocks that read these keys:
-        dphi = diag(w) (V' dH^T + 1 dZ^T)        dV' = phi dH        dV = dV' W        dW = dV'^T V
-    Without a projection V' is V, and there is no dW. A key mean, subtracted before phi, counts as a constant.
+        dphi = diag(w) (V' dH^T + 1 dZ^T)        dV' = phi dH        dV = dV' W
+    Without a projection V' is V; with one dV' is kept for projection_gradient_kernel. A key mean,
+    subtracted before phi, counts as a constant.
     """
     tiles = key_blocks * (BLOCK_K // TILE_K)
     tile = tl.program_id(0) % tiles
@@ -255,7 +256,7 @@ def key_linear_kernel(
     else:
         grad_sums_ptr += local.to(tl.int64) * STATE
     if weight_ptr is not None:
-        grad_weights_ptr += (local.to(tl.int64) * tiles + tile) * HEAD_DIM * HEAD_DIM
+        grad_projected_ptr += local.to(tl.int64) * length * HEAD_DIM
 
     dtype: tl.constexpr = grad_sums_ptr.dtype.element_ty  # NOTE [Precision of states]
     key = load_tile(key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE).to(
@@ -297,8 +298,9 @@ def key_linear_kernel(
             grad_phi = tl.dot(projected, tl.trans(grad_h), grad_phi, input_precision=PRECISION)
             grad_projected = tl.dot(phi, grad_h, input_precision=PRECISION).to(dtype)  # dV', (TILE_K, SLICE)
             grad_value = tl.dot(grad_projected, weight, grad_value, input_precision=PRECISION)
-            grad_weight = tl.dot(tl.trans(grad_projected), value, input_precision=PRECISION)  # (SLICE, DIMS)
-            store_tile(grad_weights_ptr, grad_weight, col, HEAD_DIM, HEAD_DIM, 0, 1, SLICE, DIMS, HEAD_DIM, False)
+            store_tile(
+                grad_projected_ptr, grad_projected, start, length, HEAD_DIM, col, 1, TILE_K, SLICE, HEAD_DIM, False
+            )
     if weight_ptr is not None:
         store_tile(
             grad_value_ptr, grad_value, start, length, stride_gv_token, 0, stride_gv_dim, TILE_K, DIMS, HEAD_DIM, WIDE
@@ -311,3 +313,50 @@ def key_linear_kernel(
         grad_key_ptr, feature_gradient(key, phi, grad_phi, FEATURE_MAP), start, length, stride_gk_token, 0,
         stride_gk_dim, TILE_K, DIMS, HEAD_DIM, WIDE,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["head_start", "heads", "length", "parts", "part_tokens"])
+def projection_gradient_kernel(
+    value_ptr,
+    grad_projected_ptr,
+    grad_weights_ptr,
+    stride_value_batch,
+    stride_value_head,
+    stride_value_token,
+    stride_value_dim,
+    head_start,
+    heads,
+    length,
+    parts,
+    part_tokens,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    SLICE: tl.constexpr,
+    TILE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """SLICE rows of dW = dV'^T V, summed over the `part_tokens` keys of a part of one key-value head."""
+    slices: tl.constexpr = (HEAD_DIM + SLICE - 1) // SLICE
+    row = (tl.program_id(0) % slices) * SLICE
+    part = (tl.program_id(0) // slices) % parts
+    local = tl.program_id(0) // slices // parts
+    batch = ((head_start + local) // heads).to(tl.int64)
+    head = ((head_start + local) % heads).to(tl.int64)
+    stride_value_token = aligned(stride_value_token, ALIGN)
+    value_ptr += aligned(batch * stride_value_batch + head * stride_value_head, ALIGN)
+    grad_projected_ptr += local.to(tl.int64) * length * HEAD_DIM
+    grad_weights_ptr += (local.to(tl.int64) * parts + part) * HEAD_DIM * HEAD_DIM
+    dtype: tl.constexpr = grad_projected_ptr.dtype.element_ty  # NOTE [Precision of states]
+
+    grad_weight = tl.zeros([SLICE, DIMS], tl.float32)
+    for start in range(part * part_tokens, tl.minimum((part + 1) * part_tokens, length), TILE_K):
+        grad_projected = load_tile(
+            grad_projected_ptr, start, length, HEAD_DIM, row, 1, TILE_K, SLICE, HEAD_DIM, True, False
+        )  # (TILE_K, SLICE)
+        value = load_tile(
+            value_ptr, start, length, stride_value_token, 0, stride_value_dim, TILE_K, DIMS, HEAD_DIM, True, WIDE
+        ).to(dtype)  # (TILE_K, DIMS)
+        grad_weight = tl.dot(tl.trans(grad_projected), value, grad_weight, input_precision=PRECISION)
+    store_tile(grad_weights_ptr, grad_weight, row, HEAD_DIM, HEAD_DIM, 0, 1, SLICE, DIMS, HEAD_DIM, False)

@@ -10,7 +10,7 @@ from sla_compile.config import MAX_HEAD_DIM, SLAConfig
 from sla_compile.kernels.masks import key_bias
 from sla_compile.kernels.routing import route as _route
 from sla_compile.kernels.spec import num_blocks
-from sla_compile.ops import autocast_tokens, block_selector, default_scale, op_scalars
+from sla_compile.ops import autocast_tokens, default_scale, op_scalars, routing_kernels
 from sla_compile.passes.eligibility import DTYPES, is_key_padding_mask
 
 
@@ -122,7 +122,7 @@ def route(
         key_bias=key_bias(key_padding_mask, query.shape[0], query.shape[2]),
         router_q=router_q,
         router_k=router_k,
-        select=block_selector(query),
+        **routing_kernels(query),
     )
 
 

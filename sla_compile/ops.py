@@ -18,7 +18,7 @@ from sla_compile import transforms
 from sla_compile.config import SLAConfig
 from sla_compile.kernels.layout import transposed_empty
 from sla_compile.kernels.masks import key_bias
-from sla_compile.kernels.routing import route, select_blocks
+from sla_compile.kernels.routing import route
 from sla_compile.kernels.smoothing import has_complement, token_mean, without_mean
 from sla_compile.kernels.spec import Spec
 
@@ -152,9 +152,12 @@ def default_scale(scale: float | None, head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
-def block_selector(query: Tensor) -> Callable[..., Tensor]:
-    """How route ranks blocks on the tensor's device."""
-    return _kernels(query, "none").select_blocks if query.is_cuda else select_blocks
+def routing_kernels(query: Tensor) -> dict[str, Callable[..., Any]]:
+    """What of routing the tensor's device has kernels for, as arguments of route."""
+    if not query.is_cuda:
+        return {}
+    kernels = _kernels(query, "none")
+    return {"pool": kernels.pool_blocks, "select": kernels.select_blocks}
 
 
 def _prepared(
@@ -183,7 +186,7 @@ def _prepared(
             key_bias=bias,
             router_q=router_q,
             router_k=router_k,
-            select=block_selector(query),
+            **routing_kernels(query),
         )
     prepared = {"block_map": block_map, "key_bias": bias, "alpha": None, "key_mean": None}
     if alpha is not None:

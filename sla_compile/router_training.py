@@ -128,7 +128,7 @@ class _SoftError:
 
     def __init__(self, samples: SiteSamples, options: TrainingOptions) -> None:
         self.samples, self.options = samples, options
-        self.pooled: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.pooled: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def __call__(
         self, number: int, density: int, router_q: Tensor, router_k: Tensor, logit: Tensor, random: torch.Generator
@@ -140,7 +140,7 @@ class _SoftError:
         bias = None if sample.mask is None else key_bias(sample.mask, 1, length)
         if number not in self.pooled:
             self.pooled[number] = pooled_tokens(query, key, block_q, config.block_k, bias)
-        pooled_query, pooled_key, weight = self.pooled[number]
+        pooled_query, pooled_key, counts = self.pooled[number]
         pinned = pinned_blocks(length, config.block_k, config.pinned, query.device)
         columns, free = pinned.shape[0], int((~pinned).sum())
         count = min(critical_count(columns, config.sparsity, config.critical_blocks), free)
@@ -155,7 +155,9 @@ class _SoftError:
         scale = default_scale(sample.scale, query.shape[-1])
         routed_key = F.linear(pooled_key, router_k).repeat_interleave(query.shape[1] // key.shape[1], 1)
         scores = scale * F.linear(pooled_query[:, :, rows], router_q) @ routed_key.transpose(-1, -2)
-        scores = scores.masked_fill((weight == 0).transpose(-1, -2) | pinned, -torch.inf)
+        if counts is not None:
+            scores = scores.masked_fill((counts[:, :1] == 0).transpose(-1, -2), -torch.inf)
+        scores = scores.masked_fill(pinned, -torch.inf)
         shares = soft_topk(scores, count, self.options.tau).masked_fill(pinned, 1)
         alpha = logit.sigmoid() if logit.shape[1] == 1 else logit.sigmoid()[:, rows]
 

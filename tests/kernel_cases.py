@@ -232,10 +232,11 @@ def run(case: Case, device: str) -> dict[str, float]:
         alpha=on_device[5],
         key_mean=None if mean is None else mean.to(device),
     )
-    kept = gpu.TRANSIENT_BYTES, gpu.addressing
+    kept = gpu.TRANSIENT_BYTES, gpu.PROJECTION_TOKENS, gpu.addressing
     gpu.TRANSIENT_BYTES = case.chunk_bytes or kept[0]
+    gpu.PROJECTION_TOKENS = 128  # several parts
     if case.wide:
-        gpu.addressing = lambda *tensors: {**kept[1](*tensors), "WIDE": True}
+        gpu.addressing = lambda *tensors: {**kept[2](*tensors), "WIDE": True}
     tuning = contextlib.nullcontext() if case.candidate is None else tuning_chooses(case.candidate)
     try:
         classes, given = classes.to(device), moved(grad, device)
@@ -250,7 +251,7 @@ def run(case: Case, device: str) -> dict[str, float]:
         if case.low_bit != "none":
             check_operands(on_device, classes, spec, options)
     finally:
-        gpu.TRANSIENT_BYTES, gpu.addressing = kept
+        gpu.TRANSIENT_BYTES, gpu.PROJECTION_TOKENS, gpu.addressing = kept
     results = [output, logsumexp, *grads]
 
     assert logsumexp.dtype == torch.float32 and logsumexp.is_contiguous()

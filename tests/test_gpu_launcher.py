@@ -6,10 +6,13 @@ shapes and no values, so that whatever reads one raises.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sla_compile import SLAConfig, ops
 from sla_compile.kernels.spec import Spec
@@ -35,7 +38,7 @@ def test_no_value_is_read(config: SLAConfig, masked: bool, dtype: torch.dtype, m
     launched: list[str] = []
     monkeypatch.setattr(gpu, "launch", lambda kernel, programs, **_: launched.append(kernel.fn.__name__))
     monkeypatch.setattr(gpu, "target_of", lambda device: Target.of_arch(90))
-    monkeypatch.setattr(ops, "block_selector", lambda query: gpu.select_blocks)
+    monkeypatch.setattr(ops, "routing_kernels", lambda query: dict(pool=gpu.pool_blocks, select=gpu.select_blocks))
     tokens: dict[str, Any] = dict(dtype=dtype, device="meta")
     query, key = torch.empty(2, 4, 3000, 64, **tokens), torch.empty(2, 2, 3000, 64, **tokens)
     mask = torch.empty(2, 1, 1, 3000, dtype=torch.bool, device="meta") if masked else None
@@ -50,7 +53,8 @@ def test_no_value_is_read(config: SLAConfig, masked: bool, dtype: torch.dtype, m
     prepared = ops._prepared(query, key, alpha, mask, None, spec, routing)
     output, logsumexp = gpu.forward(query, key, key, spec=spec, proj_weight=weight, **prepared)
     gpu.backward(output, query, key, key, output, logsumexp, spec=spec, proj_weight=weight, **prepared)
-    assert {"select_kernel", "forward_kernel", "query_gradient_kernel", "key_gradient_kernel"} <= set(launched)
+    wanted = {"pool_kernel", "select_kernel", "forward_kernel", "query_gradient_kernel", "key_gradient_kernel"}
+    assert wanted <= set(launched)
 
 
 @pytest.mark.parametrize("block_q", [64, 128])
@@ -74,8 +78,52 @@ def test_another_length_compiles_no_large_kernel(block_q: int, monkeypatch: pyte
         classes = torch.empty(1, 3, *blocks, dtype=torch.int8, device="meta")
         alpha, mean = torch.empty(1, 3, blocks[0], device="meta"), torch.empty(1, 3, 128, device="meta")
         options: dict[str, Any] = dict(alpha=alpha, key_mean=mean)
+        gpu.pool_blocks(tokens, 64, torch.empty(1, length, device="meta"))
         output, logsumexp = gpu.forward(tokens, tokens, tokens, classes, Spec(1.0, block_q=block_q), **options)
         gpu.backward(output, tokens, tokens, tokens, output, logsumexp, classes, Spec(1.0, block_q=block_q), **options)
     small = {"block_lists_kernel"}  # a map's rows are read 16 bytes at a time where its width lets them
     assert {name for name, kinds in built.items() if len(kinds) > 1} <= small
     assert "forward_kernel" in built and "query_linear_kernel" in built
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes that tensors made inside take at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.most = max(self.most, sum(self.sizes.values()))
+        return result
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_memory_at_14b(block_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward: at most a tenth more than dense attention, which has query, key, value, output and the log-sum-exp.
+    Backward: a tenth more than those, their gradients and one more statistic, FlashAttention's float32 dQ left out."""
+    monkeypatch.setattr(gpu, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "target_of", lambda device: Target.of_arch(90))
+    monkeypatch.setattr(ops, "routing_kernels", lambda query: dict(pool=gpu.pool_blocks, select=gpu.select_blocks))
+    query = torch.empty(1, 75600, 40, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    weight, bias = torch.empty(128, 128, device="meta"), torch.empty(128, device="meta")
+    spec = Spec(0.1, block_q=block_q)
+    tokens, statistics = 2 * query.numel(), 4 * 40 * 75600
+
+    def prepared() -> dict[str, Any]:
+        return ops._prepared(query, query, None, None, None, spec, (0.95, 0.1, 0, (0, 0), None, None))
+
+    with Allocations() as forward:
+        results = gpu.forward(query, query, query, spec=spec, proj_weight=weight, proj_bias=bias, **prepared())
+    assert 3 * tokens + forward.most <= 1.1 * (4 * tokens + statistics)
+    options = dict(spec=spec, proj_weight=weight, proj_bias=bias)
+    with Allocations() as backward:
+        gpu.backward(query, query, query, query, *results, **options, **prepared())
+    assert 5 * tokens + statistics + backward.most <= 1.1 * (8 * tokens + 2 * statistics)

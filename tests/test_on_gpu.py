@@ -52,7 +52,14 @@ def test_all_steps_small(tmp_path: Path) -> None:
         assert len(rows) == len(results[step]) and rows[0]["torch"] == torch.__version__
     assert len(list(tmp_path.glob("*.png"))) == 2
     last = found.stdout.split("sweep done")[-1]
-    for line in ("kernel tests: 1 passed", "ceilings: copy", "small forward: dense", "roofline", "tokens on"):
+    for line in (
+        "kernel tests: 1 passed",
+        "ceilings: copy",
+        "small forward: dense",
+        "roofline",
+        "pieces of small",
+        "tokens on",
+    ):
         assert line in last, last
 
 

@@ -1,6 +1,6 @@
-"""The kernel that selects blocks: exactly the ranking by score and place, on a GPU or in Triton's interpreter.
+"""The kernels of routing, on a GPU or in Triton's interpreter: means of blocks, and the ranking by score and place.
 
-As a script it makes the comparison in a process of its own, which Triton's interpreter needs.
+As a script it makes the comparisons in a process of its own, which Triton's interpreter needs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def expected(scores: Tensor, critical: int, skipped: int, leading: int, trailing
     return block_map
 
 
-def compare(device: str) -> None:
+def compare_selection(device: str) -> None:
     from sla_compile.kernels.gpu import select_blocks
 
     for rows, columns, *choice in SIZES:
@@ -68,16 +68,50 @@ def compare(device: str) -> None:
     assert torch.equal(select_blocks(strided.to(device), 1, 1, 0, 5).cpu(), expected(strided, 1, 1, 0, 5))
 
 
-def test_selects_the_highest_and_the_lowest() -> None:
+def compare_pooling(device: str) -> None:
+    """Means and counts against float64: a sum of n float32 errs by n eps of the sum of absolute values at most."""
+    from sla_compile.kernels.gpu import pool_blocks
+
+    generator = torch.Generator().manual_seed(0)
+    for length, dim, block in [(1, 8, 64), (64, 64, 64), (130, 72, 64), (300, 16, 128)]:
+        for layout in ("bhld", "blhd", "packed"):
+            drawn = 3 + torch.randn(2, length, 3, 2, dim, generator=generator, dtype=torch.float16)
+            tokens = drawn[:, :, 1].transpose(1, 2)
+            if layout != "packed":
+                tokens = tokens.contiguous() if layout == "bhld" else drawn[:, :, 1].contiguous().transpose(1, 2)
+            for masked in (False, True):
+                bias = torch.zeros(2, length)
+                if masked:  # also a whole block, and tokens that no mean may see
+                    bias[0, length // 3 :] = -torch.inf
+                    bias[1, ::2] = -3.5
+                    tokens = tokens.masked_fill((bias == -torch.inf)[:, None, :, None], torch.nan)
+                means, counts = pool_blocks(tokens.to(device), block, bias.to(device) if masked else None)
+                blocks = -(-length // block)
+                valid = torch.nn.functional.pad(bias > -torch.inf, (0, blocks * block - length))
+                number = valid.view(2, 1, blocks, block).sum(-1)[..., None]
+                padded = torch.nn.functional.pad(tokens.double().nan_to_num(), (0, 0, 0, blocks * block - length))
+                whole = padded.view(2, 2, blocks, block, dim)
+                error = (means.cpu() - whole.sum(3) / number.clamp(min=1)).abs()
+                bound = 2 * block * torch.finfo(torch.float32).eps * whole.abs().sum(3) / number.clamp(min=1)
+                assert (error <= bound).all(), (length, dim, block, layout, masked)
+                assert (counts is not None) == masked
+                assert counts is None or torch.equal(counts.cpu(), number.expand(2, 2, blocks, 1).float())
+
+
+@pytest.mark.parametrize("name", ["selection", "pooling"])
+def test_kernel(name: str) -> None:
     pytest.importorskip("triton")
     if torch.cuda.is_available():
-        compare("cuda")
+        COMPARISONS[name]("cuda")
         return
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+COMPARISONS = {"selection": compare_selection, "pooling": compare_pooling}
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    compare("cpu")
+    COMPARISONS[sys.argv[1]]("cpu")
