@@ -6,8 +6,8 @@
     python benchmarks/on_gpu.py --output results --device cpu --small     # tries the script itself
 
 Steps: the kernels' tests on the device; ceilings, what the machine copies and multiplies; attention of Wan2.1's 1.3B
-and 14B against every rival; kernels, one by one next to a roofline (roofline.py); pieces, what a call's transient memory
-buys; a sweep over lengths and sparsities that says from where on sparse-linear attention is faster than dense. What no
+and 14B against every rival; kernels, one by one next to a roofline (roofline.py); pieces, what transient memory buys;
+a sweep over lengths and sparsities that says from where on sparse-linear attention is faster than dense. What no
 time is left for is named and left out.
 """
 
