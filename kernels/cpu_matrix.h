@@ -15,7 +15,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef BFLOAT16
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -276,16 +276,49 @@ static void pack_right(const element *from, int64_t stride, int64_t valid, int64
     }
 }
 
+// LANES rows of as many words, `stride` elements apart, into the rows of their transpose, PANEL words apart.
+static inline void transpose_lanes(const element *from, int64_t stride, word *to) {
+#ifdef __AVX512F__
+    __m512i rows[LANES];
+    for (int i = 0; i < LANES; i++) rows[i] = _mm512_loadu_si512(from + i * stride);
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 4
+    for (int step = 1; step < LANES; step *= 2) {  // exchanges blocks of step x step; lane LANES + n is n of `below`
+        const __mmask16 second = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(step));
+        const __m512i upper = _mm512_mask_add_epi32(lane, second, lane, _mm512_set1_epi32(LANES - step));
+        const __m512i lower = _mm512_add_epi32(upper, _mm512_set1_epi32(step));
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & step)) {
+                __m512i above = rows[i], below = rows[i + step];
+                rows[i] = _mm512_permutex2var_epi32(above, upper, below);
+                rows[i + step] = _mm512_permutex2var_epi32(above, lower, below);
+            }
+    }
+    for (int i = 0; i < LANES; i++) _mm512_storeu_si512(to + i * PANEL, rows[i]);
+#else
+    for (int row = 0; row < LANES; row++)
+        for (int i = 0; i < LANES; i++) memcpy(to + i * PANEL + row, from + row * stride + i * PAIR, sizeof(word));
+#endif
+}
+
 // (valid, dim) of row stride `stride` into the right form of its transpose (dims, rows), zero elsewhere.
 static void pack_transposed(const element *from, int64_t stride, int64_t valid, int64_t dim, int64_t rows, int64_t dims,
                             word *words) {
     element *to = (element *)words;
     if (valid < rows || dim < dims) memset(to, 0, rows * dims * sizeof(element));
-    for (int64_t row = 0; row < valid; row++) {
+    for (int64_t row = 0; row < valid; row += LANES) {
         element *into = to + row / PANEL * dims * PANEL + row % PANEL * PAIR;
         int64_t d = 0;
-        for (; d + PAIR <= dim; d += PAIR) memcpy(into + d * PANEL, from + row * stride + d, sizeof(word));
-        if (d < dim) into[d * PANEL] = from[row * stride + d];
+        if (row + LANES <= valid)
+            for (; d + LANES * PAIR <= dim; d += LANES * PAIR)
+                transpose_lanes(from + row * stride + d, stride, (word *)(into + d * PANEL));
+        for (int64_t i = 0; i < least(LANES, valid - row); i++) {
+            const element *rest = from + (row + i) * stride;
+            int64_t at = d;
+            for (; at + PAIR <= dim; at += PAIR) memcpy(into + at * PANEL + i * PAIR, rest + at, sizeof(word));
+            if (at < dim) into[at * PANEL + i * PAIR] = rest[at];
+        }
     }
 }
 

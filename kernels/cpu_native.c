@@ -177,17 +177,20 @@ static inline void store_values(void *to, int words, const vec value[2]) {
     }
 }
 
-// Adds `count` runs of `width` values, `stride` words apart: those listed, or the first. With `words` they are words in
-// right form, else floats.
-static inline __attribute__((always_inline)) void add_runs(const void *from, int64_t stride, const int32_t *listed,
+// The sum of `count` runs of `width` values, `stride` words apart: those listed, or the first. With `words` they are
+// words in right form, else floats.
+static inline __attribute__((always_inline)) void sum_runs(const void *from, int64_t stride, const int32_t *listed,
                                                            int64_t count, int64_t width, float *sums, int words) {
+    if (!count) memset(sums, 0, width * sizeof(float));
     for (int64_t first = 0; first < count; first += STREAMS) {
         const word *runs[STREAMS];
         int64_t number = least(STREAMS, count - first);
         for (int64_t n = 0; n < number; n++)
             runs[n] = (const word *)from + (listed ? listed[first + n] : first + n) * stride;
         for (int64_t i = 0; i < width; i += PANEL) {
-            vec sum[2] = {load(sums + i), load(sums + i + LANES)}, value[2];
+            vec sum[2] = {splat(0), splat(0)}, value[2];
+            if (first)
+                for (int v = 0; v < 2; v++) sum[v] = load(sums + i + v * LANES);
             for (int64_t n = 0; n < number; n++) {
                 load_values(runs[n] + (words ? i / PAIR : i), words, value);
                 for (int v = 0; v < 2; v++) sum[v] += value[v];
@@ -204,8 +207,7 @@ static inline __attribute__((always_inline)) void total_of(const void *from, int
     float sums[PAGE];
     memset(to, 0, width * sizeof(float));
     for (int64_t first = 0; first < count; first += most) {
-        memset(sums, 0, width * sizeof(float));
-        add_runs((const word *)from + first * stride, stride, 0, least(most, count - first), width, sums, words);
+        sum_runs((const word *)from + first * stride, stride, 0, least(most, count - first), width, sums, words);
         for (int64_t i = 0; i < width; i += LANES) store(to + i, load(to + i) + load(sums + i));
     }
 }
@@ -214,8 +216,7 @@ static inline __attribute__((always_inline)) void total_of(const void *from, int
 static inline __attribute__((always_inline)) void listed_sum(const void *from, int64_t stride, const struct list *list,
                                                              int64_t width, const float *total, void *to, int words) {
     float sums[PAGE];
-    memset(sums, 0, width * sizeof(float));
-    add_runs(from, stride, list->entries, list->count, width, sums, words);
+    sum_runs(from, stride, list->entries, list->count, width, sums, words);
     for (int64_t i = 0; i < width; i += PANEL) {
         vec sum[2] = {load(sums + i), load(sums + i + LANES)};
         if (list->others)
@@ -424,8 +425,7 @@ void NAMED(sla_list_rows)(const struct call *call, float *own, int64_t first, in
         const int8_t *classes = call->block_map + call->head * call->map_head + row * call->map_row;
         float *sum = w->list_sums + row * w->dims;
         struct list *list = make_list(w, row, w->columns, classes, 1, 0);
-        memset(sum, 0, w->dims * sizeof(float));
-        add_runs(w->sums, w->dims, list->entries, list->count, w->dims, sum, 0);
+        sum_runs(w->sums, w->dims, list->entries, list->count, w->dims, sum, 0);
         if (2 * list->count > w->columns && leaves_enough(sum, total, w->dims))
             make_list(w, row, w->columns, classes, 1, 1);
     }
@@ -440,8 +440,7 @@ void NAMED(sla_list_columns)(const struct call *call, float *own, int64_t first,
         const int8_t *classes = call->block_map + call->head * call->map_head + column;
         float *sum = w->list_sums + column * w->dims;
         struct list *list = make_list(w, column, w->rows, classes, call->map_row, 0);
-        memset(sum, 0, w->dims * sizeof(float));
-        add_runs(w->grad_sums, w->dims, list->entries, list->count, w->dims, sum, 0);
+        sum_runs(w->grad_sums, w->dims, list->entries, list->count, w->dims, sum, 0);
         if (2 * list->count > w->rows) make_list(w, column, w->rows, classes, call->map_row, 1);
     }
 }
