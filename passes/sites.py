@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ class Site:
     Args:
         name: path of the owner in the model, or of the node in the graph where the owner is unknown.
         rewritten: whether it runs as sparse-linear attention.
-        reason: why it stays dense, empty if rewritten.
+        reason: why it stays dense; if rewritten, why some of its calls do, empty if none does.
         shape: query shape as text, symbols included; empty where it is not known without running.
         keys: number of keys as text, likewise.
         head_dim: D, if known.
@@ -40,3 +41,32 @@ class Site:
     def replace(self, **changes: Any) -> Site:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def of_calls(self, calls: Sequence[Call]) -> Site:
+        """A copy that tells of the calls of one forward; it shows the longest, of the redirected ones if there are."""
+        shown = max(calls, key=lambda call: (call.reason is None, call.query[-2]))
+        rewritten, dense = shown.reason is None, [call.reason for call in calls if call.reason is not None]
+        return self.replace(
+            rewritten=rewritten,
+            reason=partly_dense(dense, len(calls)) if rewritten else shown.reason,
+            shape=str(shown.query),
+            keys=str(shown.keys),
+            calls=len(calls),
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of attention: shape of the query, number of keys, and why it stays dense, or None."""
+
+    query: tuple[int, ...]
+    keys: int
+    reason: str | None
+
+
+def partly_dense(reasons: Sequence[str], calls: int) -> str:
+    """What a row says of the calls that stay dense beside others; an empty string where none does."""
+    if not reasons:
+        return ""
+    stay = "stays" if len(reasons) == 1 else "stay"
+    return f"{len(reasons)} of {calls} calls {stay} dense: {'; '.join(dict.fromkeys(reasons))}"

@@ -343,16 +343,15 @@ def unwrapped(model: Any) -> Any:
 
 
 def _refreshed(site: Site, module: nn.Module | None) -> Site:
-    """The site with what the last eager call was, where there was one, or that its module is another now."""
+    """The site with what the last eager forward called, where there was one, or that its module is another now."""
     if module is not None and not is_changed(module):
         module = getattr(module, "base_layer", module)  # peft wraps an nn.MultiheadAttention
     redirection: Redirection | None = getattr(module, "_sla_redirection", None)
     if site.rewritten and redirection is None:
         return site.replace(rewritten=False, reason=LOST, config="")
-    if redirection is None or redirection.seen is None or not site.rewritten:
+    if redirection is None or not redirection.seen or not site.rewritten:
         return site
-    shape, keys, reason = redirection.seen
-    return site.replace(shape=str(shape), keys=str(keys), rewritten=reason is None, reason=reason or "")
+    return site.of_calls(redirection.seen)
 
 
 def _graph_report(model: Any) -> Report:

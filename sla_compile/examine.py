@@ -20,7 +20,7 @@ from sla_compile.passes import rewrite
 from sla_compile.passes.eligibility import why_dense
 from sla_compile.passes.find import find_attention
 from sla_compile.passes.rewrite import Decision
-from sla_compile.passes.sites import Site
+from sla_compile.passes.sites import Site, partly_dense
 from sla_compile.plan import plan_module
 from sla_compile.redirect import CHILD, Redirection, is_changed
 from sla_compile.report import Report
@@ -166,8 +166,10 @@ def _seen(site: Site, made: Calls) -> Site:
         query = tuple(call.query.shape)
         number = len(made.redirected) + len(made.dense)
         site = site.replace(shape=str(query), keys=str(call.key.shape[-2]), head_dim=query[-1], calls=number)
-    if not site.rewritten or made.redirected:
+    if not site.rewritten:
         return site
+    if made.redirected:
+        return site.replace(reason=partly_dense(made.reasons, site.calls or 0))
     return site.replace(rewritten=False, reason=made.reasons[-1] if made.reasons else UNSEEN, config="")
 
 
@@ -236,7 +238,7 @@ class _Watcher(_Observer):
 
 @contextmanager
 def _recorded(model: nn.Module) -> Iterator[dict[str, list[str]]]:
-    """Why calls of redirected owners stay dense inside, by path: a Redirection itself keeps the last call only."""
+    """Why calls of redirected owners stay dense inside, by path: a Redirection itself keeps the last forward only."""
     reasons: dict[str, list[str]] = {}
     kept = {name: m for name, m in model.named_modules() if "_sla_redirection" in m.__dict__}
     before = {name: module._sla_redirection for name, module in kept.items()}
@@ -256,12 +258,13 @@ class _Recorder(Redirection):
 
     def __init__(self, redirection: Redirection, reasons: list[str]) -> None:
         self.reasons = reasons
-        super().__init__(**{name: getattr(redirection, name) for name in redirection.__dataclass_fields__})
+        kept = {name: getattr(redirection, name) for name in redirection.__dataclass_fields__}
+        super().__init__(**{**kept, "seen": ()})
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-        if name == "seen" and value is not None and value[2]:
-            self.reasons.append(value[2])
+        if name == "seen" and value and value[-1].reason:  # one call more
+            self.reasons.append(value[-1].reason)
 
 
 def _join(root: str, name: str) -> str:

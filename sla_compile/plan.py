@@ -15,7 +15,7 @@ from sla_compile.discovery import AttentionCall, discover
 from sla_compile.kernels.spec import num_blocks
 from sla_compile.module import SparseLinearAttention
 from sla_compile.passes.eligibility import why_dense
-from sla_compile.passes.sites import Site
+from sla_compile.passes.sites import Call, Site
 from sla_compile.redirect import CHILD, Redirection
 from sla_compile.structure import Owner, find_owners
 
@@ -141,20 +141,11 @@ def _decide_by_calls(
         conflict = "" if isinstance(wish, str) else _conflict(qualifying, wish)
         if conflict:
             reasons = [conflict] * len(made)
-        # The row shows the longest call, among those that qualify if any does.
-        best = max(range(len(made)), key=lambda i: (reasons[i] is None, made[i].query.shape[-2]))
-        reason, call = reasons[best], made[best]
-        config = wish if isinstance(wish, SLAConfig) and reason is None else None
-        site = Site(
-            name,
-            reason is None,
-            reason or "",
-            str(tuple(call.query.shape)),
-            str(call.key.shape[-2]),
-            call.query.shape[-1],
-            config=config.fingerprint() if config else "",
-            calls=len(made),
-        )
+        told = [Call(tuple(c.query.shape), c.key.shape[-2], why) for c, why in zip(made, reasons, strict=True)]
+        site = Site(name, False).of_calls(told)
+        config = wish if isinstance(wish, SLAConfig) and site.rewritten else None
+        call = max(qualifying if config else made, key=lambda call: call.query.shape[-2])
+        site = site.replace(head_dim=call.query.shape[-1], config=config.fingerprint() if config else "")
         decided.append(Decision(name, config, site, _sizes(call, config) if config else Sizes()))
     for owner in owners:
         if owner.name not in by_owner:

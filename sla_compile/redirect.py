@@ -26,6 +26,7 @@ from sla_compile.discovery import SDPA
 from sla_compile.functional import why_alpha_does_not_fit
 from sla_compile.module import SparseLinearAttention
 from sla_compile.passes.eligibility import from_written_out, is_key_padding_mask, why_dense
+from sla_compile.passes.sites import Call
 
 CHILD = "sla"  # the name under which an owner holds its SparseLinearAttention
 _NATIVE_BACKEND = "native"  # diffusers' name for scaled_dot_product_attention
@@ -41,7 +42,7 @@ class Redirection:
         nested: another redirected owner encloses this one.
         multi_head: the owner is an nn.MultiheadAttention.
         dense_reason: the owner is only shielded from an enclosing one; its calls stay dense.
-        seen: query shape, number of keys, reason for staying dense (or None) of the last eager call.
+        seen: the calls of the last eager forward, in order.
         observer: called inside sla_compile.dense with the reason why the call would stay dense outside, or None, and
             its query, key, value, mask and scale; set while sla_compile.calibrate collects them.
     """
@@ -51,7 +52,7 @@ class Redirection:
     nested: bool = False
     multi_head: bool = False
     dense_reason: str | None = None
-    seen: tuple[tuple[int, ...], int, str | None] | None = None
+    seen: tuple[Call, ...] = ()
     observer: Callable[..., None] | None = None
 
 
@@ -59,13 +60,14 @@ class _AttentionMode(TorchFunctionMode):
     """Sends scaled_dot_product_attention to the owner's parameters; everything else passes."""
 
     def __init__(
-        self, sla: SparseLinearAttention | None, redirection: Redirection, second: tuple | None, calls: list
+        self, sla: SparseLinearAttention | None, redirection: Redirection, second: tuple | None, calls: list[Any]
     ) -> None:
         super().__init__()
         self.sla = sla
         self.redirection = redirection
         self.second = second
         self.calls = calls
+        self.noted: tuple[Call, ...] = ()
         self.trains = torch.is_grad_enabled()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -77,6 +79,10 @@ class _AttentionMode(TorchFunctionMode):
             self.calls.append(func)
             return multi_head_attention(self, *args, **kwargs)
         return _pass(func, args, kwargs)
+
+    def note(self, query: tuple[int, ...], keys: int, reason: str | None) -> None:
+        """Keeps an eager call for the report."""
+        self.noted = self.redirection.seen = (*self.noted, Call(query, keys, reason))
 
     def attention(
         self,
@@ -110,7 +116,7 @@ class _AttentionMode(TorchFunctionMode):
             self.redirection.observer(reason, query, key, value, attn_mask, scale)
             reason = "inside sla_compile.dense"
         if not (torch.compiler.is_compiling() or (sla is not None and sla.dense)):
-            self.redirection.seen = (tuple(query.shape), key.shape[-2], reason)
+            self.note(tuple(query.shape), key.shape[-2], reason)
         if sla is not None and reason is None:
             if sla.alpha_logit is not None:
                 _check_alpha(sla, sla.alpha_logit, query, self.redirection)
@@ -192,7 +198,8 @@ def multi_head_attention(
     if not plain or in_proj_weight is None or mode.sla is None:
         if mode.sla is not None and not torch.compiler.is_compiling():
             reason = "nn.MultiheadAttention wants weights, has a mask, or attends to another sequence"
-            mode.redirection.seen = (tuple(query.shape), key.shape[0], reason)
+            shape = (*query.shape[1:-1], num_heads, query.shape[0], embed_dim // num_heads)
+            mode.note(shape, key.shape[0], reason)
         return F.multi_head_attention_forward(
             query, key, value, embed_dim, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn,
             dropout_p, out_proj_weight, out_proj_bias, training, key_padding_mask, need_weights, attn_mask, **options,

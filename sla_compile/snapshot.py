@@ -47,7 +47,9 @@ def render(examination: Examination) -> str:
                 names.setdefault(site.config, label(len(names)))
             row["becomes"] = f"sparse-linear {names.get(site.config, site.config)}"
         else:
-            row |= {"becomes": "dense", "why": site.reason}
+            row["becomes"] = "dense"
+        if site.reason or not site.rewritten:
+            row["why"] = site.reason
         attentions.append(json.dumps(row, ensure_ascii=False))
     configurations = [
         f"{json.dumps(letter)}: {json.dumps(examination.configs[fingerprint].to_dict())}"

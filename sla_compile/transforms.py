@@ -45,8 +45,10 @@ def register(
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise _no_forward_mode()
 
-    methods = dict(forward=forward, setup_context=setup_context, backward=backward, vmap=vmap, jvp=jvp)
-    function = type(name, (torch.autograd.Function,), {key: staticmethod(body) for key, body in methods.items()})
+    methods: dict[str, Callable[..., Any]] = dict(
+        forward=forward, setup_context=setup_context, backward=backward, vmap=vmap, jvp=jvp
+    )
+    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(body) for key, body in methods.items()})
     library.impl(name, lambda *arguments: function.apply(*arguments), "FuncTorchDynamicLayerFrontMode")
 
 

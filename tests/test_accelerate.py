@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sla_compile
-from sla_compile import SLAConfig
+from sla_compile import SLAConfig, snapshot
+from sla_compile.examine import examine
 
 CONFIG = SLAConfig(sparsity=0.8, min_seq_len=64)
 ATTENTIONS = ["blocks.0.attn", "blocks.1.attn"]
@@ -118,6 +119,28 @@ def test_report_shows_shapes_after_a_run():
     assert (
         "blocks.0.attn" in str(sla_compile.report(model)) and '"blocks.0.attn"' in sla_compile.report(model).to_json()
     )
+
+
+def test_the_calls_of_one_owner_are_told_apart():
+    """An owner that attends to its own tokens and to others: one of its calls stays dense, and nothing hides that."""
+
+    class Both(SelfAttention):
+        def forward(self, x, context):
+            query, key, value = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            other = self.proj(context).unflatten(-1, (2, -1)).transpose(1, 2)
+            own = F.scaled_dot_product_attention(query, key, value)
+            return (own + F.scaled_dot_product_attention(query, other, other)).transpose(1, 2).flatten(2)
+
+    inputs = torch.randn(1, 200, 32), torch.randn(1, 20, 32)
+    model = sla_compile.accelerate(Both().eval(), config=CONFIG, example_inputs=inputs)
+    for _ in range(2):  # as accelerate found them, and as they were called
+        (row,) = sla_compile.report(model)
+        assert row.rewritten and (row.shape, row.keys, row.calls) == ("(1, 2, 200, 16)", "200", 2)
+        assert row.reason == "1 of 2 calls stays dense: cross-attention: as many keys as queries are needed"
+        model(*inputs)
+    shown = examine(model, example_inputs=inputs)
+    assert shown.report.rows[0].reason == row.reason and f'"why": "{row.reason}"' in snapshot.render(shown)
+    assert shown.report.rows[0].calls == 2
 
 
 def test_report_of_replaced_and_removed_modules():
