@@ -38,7 +38,7 @@ from sla_compile.config import SLAConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"1.3B": (12, 32760), "14B": (40, 75600)}  # heads and tokens of Wan2.1, head dimension 128
-SWEPT_LENGTHS, SWEPT_SPARSITIES = (2048, 4096, 8192, 16384, 32760), (0.8, 0.9, 0.95, 0.97)
+SWEPT_LENGTHS, SWEPT_SPARSITIES = (2048, 4096, 8192, 16384, 32760, 65536, 131072), (0.8, 0.9, 0.95, 0.97, 0.99)
 COPIED = {"memory": 2**32, "cache": 2**23}  # bytes: far more than a GPU's second-level cache, and far less
 TESTS_SHARE = 0.6  # of the time that is left
 PIECES = 32, 64, 128, 192, 384  # MiB of transient tensors; 32 is one head of 1.3B
