@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import threading
@@ -31,8 +32,9 @@ KEPT_BYTES = 2**26
 # NOTE [Huge pages]
 # States that are read here and there miss the processor's table of pages: where the system has pages of 2 MB (Linux, if
 # only on advice), buffers from this size on ask for them. Measured at 16384 tokens: 9 % of a forward, 13 % of a
-# backward.
+# backward. So do results, whose memory is fresh from the system in every call: 2 % of a forward, 4 % of a backward.
 HUGE_BYTES = 2**22
+HUGE_PAGE = 2**21
 
 _THREAD = threading.local()
 
@@ -78,6 +80,16 @@ def _empty(elements: int, dtype: torch.dtype) -> tuple[Tensor, mmap.mmap | None]
     with suppress(OSError):  # a kernel without huge pages: then they are small
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype), memory
+
+
+def ask_for_huge_pages(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous in some order of its dimensions, whose memory nobody has written to. NOTE [Huge pages]"""
+    first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    size = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE - first
+    if tensor.nbytes >= HUGE_BYTES and size > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
+        # What it says does not matter: pages stay small where there are no others.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 def _lend(memory: mmap.mmap | None) -> bool:

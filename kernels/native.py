@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from sla_compile.kernels.cpu_blocked import key_biases
-from sla_compile.kernels.cpu_blocks import thread_workspace
+from sla_compile.kernels.cpu_blocks import ask_for_huge_pages, thread_workspace
 from sla_compile.kernels.layout import transposed_empty
 from sla_compile.kernels.spec import MIN_DENOMINATOR, Spec, num_blocks
 
@@ -161,7 +161,7 @@ def forward(
     key_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; arguments as of :func:`sla_compile.kernels.cpu_blocked.forward`."""
-    output = transposed_empty(query, operand_dtype(query))
+    output = ask_for_huge_pages(transposed_empty(query, operand_dtype(query)))
     logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
     heads = _Heads(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean)
     heads.run(dict(output=output), logsumexp)
@@ -187,7 +187,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients; arguments as of :func:`sla_compile.kernels.cpu_blocked.backward`."""
     heads = _Heads(query, key, value, block_map, spec, proj_weight, proj_bias, key_bias, alpha, key_mean)
-    grads = [transposed_empty(tensor, heads.dtype) for tensor in (query, key, value)]
+    grads = [ask_for_huge_pages(transposed_empty(tensor, heads.dtype)) for tensor in (query, key, value)]
     units = query.shape[0] * key.shape[1]
     grad_weights, grad_offsets = (
         None if parameter is None else torch.empty(units, *parameter.shape, dtype=torch.float32)

@@ -10,6 +10,7 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import kernel_cases
@@ -366,6 +367,27 @@ def test_kept_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     with cpu_blocks.thread_workspace(torch.float32) as workspace:
         kept = [buffer.nbytes for buffer in workspace._buffers.values() if buffer.nbytes < cpu_blocks.HUGE_BYTES]
         assert sum(kept) <= 100_000
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux has pages of 2 MB to ask for")
+def test_large_results_ask_for_huge_pages() -> None:
+    def advised(tensor: torch.Tensor) -> bool:
+        """Whether the system notes the wish for the middle of the tensor's memory."""
+        middle, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            name, *rest = line.split()
+            if not name.endswith(":"):
+                first, last = (int(end, 16) for end in name.split("-"))
+                inside = first <= middle < last
+            elif inside and name == "VmFlags:":
+                return "hg" in rest
+        pytest.skip("this system does not tell")
+
+    large, small = torch.empty(16 * cpu_blocks.HUGE_BYTES, dtype=torch.int8), torch.empty(100)
+    if advised(large):
+        pytest.skip("this torch asks by itself")
+    assert cpu_blocks.ask_for_huge_pages(large) is large and advised(large)
+    assert cpu_blocks.ask_for_huge_pages(small) is small
 
 
 def test_large_buffers_are_lent_to_the_system_or_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
