@@ -117,7 +117,7 @@ def backward(
         smoothing = token_mean(key, key_bias) if key_mean is None else key_mean
     grad_weight = grad_bias = None
     if proj_weight is not None and spec.linear != "none":
-        grad_weight = torch.zeros_like(proj_weight, dtype=torch.float32)
+        grad_weight = query.new_zeros(proj_weight.shape, dtype=torch.float32)
     with torch.cuda.device_of(query):
         for chunk in call.chunks(backward=True):
             grad_weights = chunk.run_backward(grad_output, output, logsumexp, *grads, grad_alpha, smoothing)
@@ -134,8 +134,8 @@ def pool_blocks(tokens: Tensor, block: int, key_bias: Tensor | None) -> tuple[Te
     """:func:`sla_compile.kernels.routing.pool_blocks` in one launch."""
     batch, heads, length, dim = tokens.shape
     blocks = num_blocks(length, block)
-    means = torch.empty(batch, heads, blocks, dim, device=tokens.device)
-    counts = None if key_bias is None else torch.empty(batch, heads, blocks, 1, device=tokens.device)
+    means = tokens.new_empty(batch, heads, blocks, dim, dtype=torch.float32)
+    counts = None if key_bias is None else tokens.new_empty(batch, heads, blocks, 1, dtype=torch.float32)
     with torch.cuda.device_of(tokens):
         launch(
             pool_kernel,
@@ -514,7 +514,7 @@ class _Call:
         # Rows are a multiple of 16 bytes apart: what the product reads at full width.
         padded = self.empty(self.units, self.group * rows, repeats, padded_to(columns, 8), dtype=torch.bfloat16)
         mask = padded[..., :columns]
-        mask.copy_((classes == 0).view(self.units, self.group * rows, 1, columns).expand_as(mask))
+        mask.copy_((classes == 0).reshape(self.units, self.group * rows, 1, columns).expand_as(mask))
         return padded.flatten(1, 2)[..., :columns]
 
 

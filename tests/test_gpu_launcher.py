@@ -86,6 +86,49 @@ def test_another_length_compiles_no_large_kernel(block_q: int, monkeypatch: pyte
     assert "forward_kernel" in built and "query_linear_kernel" in built
 
 
+@pytest.fixture
+def launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "target_of", lambda device: Target.of_arch(90))
+
+
+@pytest.mark.usefixtures("launches_nothing")
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_pooled_tokens_are_float32_whatever_the_default_dtype(default: torch.dtype) -> None:
+    tokens, bias = torch.empty(2, 3, 100, 64, dtype=torch.float16, device="meta"), torch.empty(2, 100, device="meta")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        means, counts = gpu.pool_blocks(tokens, 64, bias)
+    finally:
+        torch.set_default_dtype(before)
+    assert means.dtype == counts.dtype == torch.float32
+    assert means.shape == (2, 3, 2, 64) and counts.shape == (2, 3, 2, 1)
+
+
+@pytest.mark.usefixtures("launches_nothing")
+def test_a_transposed_projection_has_the_gradient_that_the_fake_promises() -> None:
+    tokens = torch.empty(1, 2, 100, 64, dtype=torch.bfloat16, device="meta")
+    classes, weight = torch.empty(1, 2, 2, 2, dtype=torch.int8, device="meta"), torch.empty(64, 64, device="meta").t()
+    options: dict[str, Any] = dict(proj_weight=weight, proj_bias=weight[0])
+    results = gpu.forward(tokens, tokens, tokens, classes, Spec(1.0), **options)
+    grads = gpu.backward(tokens, tokens, tokens, tokens, *results, classes, Spec(1.0), **options)
+    promised = ops._backward_fake(*[tokens] * 5, None, weight, weight[0], None, None, None)
+    assert [grad.stride() for grad in grads[:5]] == [grad.stride() for grad in promised[:5]]
+
+
+@pytest.mark.usefixtures("launches_nothing")
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (0, 2, 1, 3), (3, 2, 1, 0)])
+def test_block_map_with_any_strides(order: tuple[int, ...]) -> None:
+    query, key = (torch.empty(1, heads, 300, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
+    shape = 1, 4, 5, 5
+    classes = torch.empty([shape[dim] for dim in order], dtype=torch.int8, device="meta").permute(order)
+    weight = torch.empty(64, 64, device="meta")
+    assert classes.shape == shape
+    results = gpu.forward(query, key, key, classes, Spec(1.0), proj_weight=weight)
+    gpu.backward(query, query, key, key, *results, classes, Spec(1.0), proj_weight=weight)
+
+
 class Allocations(TorchDispatchMode):
     """The most bytes that tensors made inside take at a time."""
 
