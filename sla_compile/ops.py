@@ -153,8 +153,9 @@ def default_scale(scale: float | None, head_dim: int) -> float:
 
 
 def routing_kernels(query: Tensor) -> dict[str, Callable[..., Any]]:
-    """What of routing the tensor's device has kernels for, as arguments of route."""
-    if not query.is_cuda:
+    """What of routing the tensor's device has kernels for, as arguments of route; none in a trace, which cannot look
+    into what launches them."""
+    if not query.is_cuda or torch.compiler.is_compiling():
         return {}
     kernels = _kernels(query, "none")
     return {"pool": kernels.pool_blocks, "select": kernels.select_blocks}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import sla_compile
 from sla_compile import SLAConfig
 from sla_compile.kernels.routing import pinned_blocks, pinned_first_last, route
 from sla_compile.kernels.spec import critical_count, negligible_count, num_blocks
+from sla_compile.ops import routing_kernels
 
 SCALE = 0.125
 
@@ -199,6 +201,12 @@ def test_traces(config: SLAConfig) -> None:
         query = torch.randn(1, 2, length, 16)
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
             assert torch.equal(compiled(query), Route()(query))
+
+
+def test_a_trace_takes_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo follows neither their launcher nor its choice of a device: torch.compile would fail for CUDA tensors."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert routing_kernels(mock.Mock(is_cuda=True)) == {}
 
 
 @settings(max_examples=60, deadline=None)
