@@ -118,12 +118,16 @@ def label(config: SLAConfig) -> str:
 
 
 def tests(session: Session) -> None:
-    """The kernels against the float64 reference, on a GPU if there is one (tests/test_triton_kernels.py)."""
-    command = [sys.executable, "-m", "pytest", "tests/test_triton_kernels.py", "-q", "-p", "no:cacheprovider"]
+    """The kernels against the float64 reference, and those of routing, on a GPU if there is one.
+
+    Nothing else looks at the latter: before a measurement, results are compared over the blocks that they chose.
+    """
+    files = ["tests/test_triton_kernels.py", "tests/test_routing_kernels.py"]
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider"]
     # A warning of a library must not cost the one chance to see the kernels' errors.
     command += ["-W", "default", "--tb=line"]
     if session.small:
-        command += ["-k", "agrees and L64-D32"]
+        command += ["-k", "agrees and L64-D32 or selection"]
     elif find_spec("xdist"):  # compiling takes longest, and needs no GPU
         command += ["-n", str(max(1, (os.cpu_count() or 1) - 2))]
     log = session.output / "tests.log"

@@ -43,7 +43,7 @@ def test_all_steps_small(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stdout + found.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["tests"]["said"].startswith("1 passed") and not results["failed"]
+    assert results["tests"]["said"].startswith("2 passed") and not results["failed"]
     assert all(rate > 0 for rate in results["ceilings"].values())
     assert [row["direction"] for row in results["kernels"]] == ["forward", "backward"] * 3
     for step, lengths in (("attention", {512}), ("sweep", {256, 512})):
@@ -53,7 +53,7 @@ def test_all_steps_small(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.png"))) == 2
     last = found.stdout.split("sweep done")[-1]
     for line in (
-        "kernel tests: 1 passed",
+        "kernel tests: 2 passed",
         "ceilings: copy",
         "small forward: dense",
         "roofline",
