@@ -109,7 +109,7 @@ def backward(
     dtype, operand = _dtypes(query)
     grads = tuple(map(transposed_empty, (query, key, value)))
     weight, offset = _projection(proj_weight, proj_bias, alpha, spec, dtype)
-    grad_weight = None if weight is None else torch.zeros_like(weight)
+    grad_weight = None if weight is None else torch.zeros_like(weight, memory_format=torch.contiguous_format)
     grad_offset = None if offset is None else torch.zeros_like(offset)
     grad_alpha = None if alpha is None else torch.zeros(alpha.shape, dtype=dtype)
     group = heads // key.shape[1]

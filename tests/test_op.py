@@ -106,6 +106,18 @@ def test_opcheck_backward(linear, with_output):
     torch.library.opcheck(torch.ops.sla_compile.sparse_linear_attention_backward.default, backward_args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_transposed_projection_has_the_gradient_that_the_fake_promises(dtype):
+    query, key, value = make_inputs(dtype=dtype, grad=False)
+    weight, bias = (parameter.detach() for parameter in make_projection())
+    args = op_args(query, key, value, weight.t(), bias)
+    output, logsumexp = torch.ops.sla_compile.sparse_linear_attention(*args)
+    backward_args = (torch.randn_like(output), *args[:3], output, logsumexp, *args[3:])
+    torch.library.opcheck(
+        torch.ops.sla_compile.sparse_linear_attention_backward.default, backward_args, test_utils="test_faketensor"
+    )
+
+
 @pytest.mark.parametrize("linear", ["marginal", "all", "none"])
 @pytest.mark.parametrize("feature_map", ["softmax", "elu"])
 def test_gradcheck_in_float64(linear, feature_map):
