@@ -74,7 +74,10 @@ def channel_scales(value: Tensor, key_bias: Tensor | None = None) -> Tensor:
     """Scale (B, H, D) of each channel of V (B, H, L, D) in E4M3: float32, or float64 of float64."""
     value = without_masked(value, key_bias)
     peak = torch.linalg.vector_norm(value, torch.inf, dim=2)
-    return peak.to(torch.promote_types(value.dtype, torch.float32)).clamp(min=MIN_PEAK) / FP8_MAX
+    peak = peak.to(torch.promote_types(value.dtype, torch.float32)).clamp(min=MIN_PEAK)
+    # By a tensor: by a number a GPU multiplies with its inverse, and what is halfway between two E4M3 numbers, as one
+    # 16-bit value in some thousands is, would be rounded to the other one.
+    return peak / peak.new_full((), FP8_MAX)
 
 
 def quantize_channels(value: Tensor, *, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

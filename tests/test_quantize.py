@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sla_compile.kernels import quantize
 from sla_compile.kernels.smoothing import token_mean
@@ -70,6 +72,27 @@ def test_channels_reach_the_largest_number_and_no_further() -> None:
     error = (low.float() * scales[:, :, None] - value.float()).abs()
     # Half of a step of 2^-3, below 2^-6 of a step of 2^-9.
     assert (error <= value.float().abs() * 2.0**-4 + scales[:, :, None] * 2.0**-10).all()
+
+
+class Divisors(TorchDispatchMode):
+    """What is divided by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket is torch.ops.aten.div:
+            self.found.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_scales_of_channels_are_quotients_on_a_gpu_too() -> None:
+    """There PyTorch divides by a number, or by a tensor on the CPU, as it multiplies by the rounded inverse."""
+    with Divisors() as divisors:
+        scales = quantize.channel_scales(torch.empty(1, 2, 30, 16, dtype=torch.bfloat16, device="meta"))
+    assert scales.dtype == torch.float32 and scales.shape == (1, 2, 16)
+    assert [isinstance(divisor, torch.Tensor) and divisor.is_meta for divisor in divisors.found] == [True]
 
 
 def test_probabilities_round_alike_whatever_the_reference() -> None:
