@@ -73,7 +73,8 @@ class SparseLinearAttention(nn.Module):
         """Gives the parameters their first values (also what FSDP and `to_empty` users call)."""
         for name, parameter in self.named_parameters():
             if name in ROUTERS:
-                nn.init.eye_(parameter)
+                with parameter.device:  # eye_ refuses a default device that is another
+                    nn.init.eye_(parameter)
             elif name == "alpha_logit":
                 nn.init.constant_(parameter, math.log(INITIAL_ALPHA / (1 - INITIAL_ALPHA)))
             else:

@@ -188,6 +188,13 @@ def test_copies_and_state_dicts():
     assert all(torch.equal(fresh[name], p) for name, p in empty.blocks[0].attn.sla.named_parameters())
 
 
+def test_a_default_device_that_is_another():
+    model = build()
+    with torch.device("meta"):
+        sla_compile.accelerate(model, config=CONFIG)
+    assert torch.equal(model.blocks[0].attn.sla.router_q, torch.eye(16))
+
+
 def test_methods_side_by_side():
     sla = SLAConfig(min_seq_len=64, sparsity=0.6)
     model = sla_compile.accelerate(build(), config=CONFIG, per_site={"blocks.1.*": sla})
