@@ -5,6 +5,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,9 +108,18 @@ def test_export_page(tmp_path, monkeypatch):
     for number, block in enumerate(blocks):
         exec(compile(block, f"{EXPORT_PAGE.name}, block {number}", "exec"), names)
     with torch.no_grad():
-        torch.testing.assert_close(names["video"].sample, names["model"](**names["inputs"]).sample)
+        torch.testing.assert_close(names["video"], names["model"](**names["inputs"])[0])
     files = ("wan.pt2", "wan_core_aten.pt2", "wan_compiled.pt2", "wan.onnx")
     assert {path.name for path in tmp_path.iterdir()} == set(files)
+    alone = (
+        "import sys, torch\n"
+        "torch.export.load('wan_core_aten.pt2')\n"
+        "torch._inductor.aoti_load_package('wan_compiled.pt2')\n"
+        "assert not {'sla_compile', 'diffusers'} & set(sys.modules)\n"
+        "import sla_compile\n"
+        "torch.export.load('wan.pt2')\n"
+    )
+    subprocess.run([sys.executable, "-c", alone], check=True)
 
 
 def test_the_committed_snapshot_has_todays_fields():
