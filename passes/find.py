@@ -22,6 +22,7 @@ from torch.fx.graph_module import GraphModule
 from sla_compile.passes.layout import Mask, Operand, shared_mask
 from sla_compile.passes.nodes import Call, Reader
 from sla_compile.passes.scopes import Scope, scopes
+from sla_compile.passes.sites import WRAPPERS
 from sla_compile.passes.softmax import Written, match_softmax
 from sla_compile.passes.sources import Sources
 
@@ -41,7 +42,7 @@ _OPAQUE = re.compile(
 )
 
 
-_NO_MODULES = frozenset("__dict__ _modules _orig_mod _fsdp_wrapped_module".split())
+_NO_MODULES = WRAPPERS | {"__dict__", "_modules"}
 """What Dynamo and wrappers put between the names of modules."""
 
 

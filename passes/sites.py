@@ -7,6 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+WRAPPERS = frozenset("_orig_mod _checkpoint_wrapped_module _fsdp_wrapped_module".split())
+"""Under which torch.compile, checkpoint_wrapper and FSDP keep a module that they wrap."""
+
+
+def plain_name(name: str) -> str:
+    """A module's path as it is where nothing is wrapped."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
 
 @dataclass(frozen=True)
 class Site:

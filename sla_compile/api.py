@@ -15,7 +15,7 @@ from torch import nn
 
 from sla_compile.config import SLAConfig
 from sla_compile.module import ROUTERS, SparseLinearAttention
-from sla_compile.passes.sites import Site
+from sla_compile.passes.sites import Site, plain_name
 from sla_compile.plan import Planned, Sizes, plan_module
 from sla_compile.redirect import Redirection, attach, attach_root, detach, is_changed, is_ours
 from sla_compile.report import Report
@@ -143,8 +143,8 @@ def report(model: Any) -> Report:
         return _graph_report(model)
     model = unwrapped(model)
     state = _acceleration(model)
-    modules = dict(model.named_modules())
-    return Report(state.title, tuple(_refreshed(site, modules.get(site.name)) for site in state.sites))
+    modules = by_plain_name(model)
+    return Report(state.title, tuple(_refreshed(site, modules.get(plain_name(site.name))) for site in state.sites))
 
 
 def parameters(model: Any, stage: int | None = None) -> list[nn.Parameter]:
@@ -340,6 +340,11 @@ def unwrapped(model: Any) -> Any:
         else:
             return model
     return inner
+
+
+def by_plain_name(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules by :func:`plain_name`, under which what is wrapped stands for its wrapper."""
+    return {plain_name(name): module for name, module in model.named_modules()}
 
 
 def _refreshed(site: Site, module: nn.Module | None) -> Site:

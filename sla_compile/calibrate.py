@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from torch import nn
 
 from sla_compile.api import _acceleration, dense
 from sla_compile.calibration_report import CalibratedSite, Calibration
-from sla_compile.discovery import arguments
+from sla_compile.discovery import arguments, uncompiled
 from sla_compile.functional import why_alpha_does_not_fit
 from sla_compile.module import SparseLinearAttention
 from sla_compile.redirect import CHILD
@@ -229,8 +228,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(sorted(device.index for device in devices)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(dense(model))
-        if "torch._dynamo" in sys.modules:  # blocks that are compiled in place run as they are
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         model.eval()
         try:
             yield

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from torch.fx.graph_module import GraphModule
 
+from sla_compile.api import by_plain_name
 from sla_compile.discovery import arguments
 from sla_compile.examine import Calls, accelerated_roots, owner_of, watch
 from sla_compile.passes.find import find_attention, owner
 from sla_compile.passes.scopes import scopes
+from sla_compile.passes.sites import plain_name
 from sla_compile.redirect import CHILD, is_changed
 
 
@@ -83,8 +85,9 @@ def check_capture(
         raise ValueError(f"assert_captured checks an accelerated module; accelerate this {type(model).__name__} first")
     if isinstance(inputs_list, (torch.Tensor, dict)) or not isinstance(inputs_list, Sequence) or not inputs_list:
         raise TypeError("inputs_list must be a list of example inputs, each a tuple or dict of the forward's arguments")
-    owners = {name for name, module in model.named_modules() if is_changed(module) and CHILD in module._modules}
-    expected = [watch(model, inputs, training=True) for inputs in inputs_list]
+    owners = {name for name, module in by_plain_name(model).items() if is_changed(module) and CHILD in module._modules}
+    watched = (watch(model, inputs, training=True) for inputs in inputs_list)
+    expected = [{plain_name(name): calls for name, calls in each.items()} for each in watched]
     try:
         try:
             return _capture_all(model, inputs_list, expected, owners, fullgraph, dynamic)

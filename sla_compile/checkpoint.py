@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sla_compile.api import Choice, accelerate_module, unwrapped
+from sla_compile.api import Choice, accelerate_module, by_plain_name, unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.module import SparseLinearAttention
+from sla_compile.passes.sites import plain_name
 from sla_compile.plan import Sizes
 from sla_compile.redirect import CHILD
 
@@ -26,8 +27,9 @@ _FORMAT = 1
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes the parameters that :func:`sla_compile.accelerate` added, with each attention's configuration.
 
-    The file appears whole or not at all. A model may be wrapped by torch.compile, DDP or peft: names in the file are
-    those without the wrapper. Of one that fully_shard shards, every rank has to call this, to gather the shards.
+    The file appears whole or not at all. A model may be wrapped by torch.compile, DDP or peft, and its blocks by
+    torch.compile or checkpoint_wrapper: names in the file are those without the wrappers. Of one that fully_shard
+    shards, every rank has to call this, to gather the shards.
 
     Raises:
         ValueError: `model` was not accelerated, or its added parameters are on the meta device.
@@ -67,8 +69,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     modules = _owners(model)
     fresh = not modules
     if fresh:
-        present = dict(model.named_modules())
-        missing = sorted(set(sites) - set(present))
+        missing = sorted(set(sites) - set(by_plain_name(model)))
         if missing:
             raise ValueError(_mismatch(path, header, model, f"the model has no {missing[0]} ({len(missing)} missing)"))
         _accelerate(model, path, sites)
@@ -123,9 +124,11 @@ def _described(module: SparseLinearAttention) -> dict[str, Any]:
 
 def _accelerate(model: nn.Module, path: Any, sites: dict[str, dict[str, Any]]) -> None:
     """Accelerates just the attentions of a file, with its sizes where structure tells none."""
-    configs = {name: SLAConfig.from_dict(site["config"]) for name, site in sites.items()}
-    choice = Choice(SLAConfig(), lambda name, _: name in sites, None, configs)
-    sizes = {n: Sizes(s["head_dim"], s.get("num_heads"), s.get("query_blocks")) for n, s in sites.items()}
+    paths = {plain_name(name): name for name, _ in model.named_modules()}  # of what is wrapped, not of its wrapper
+    here = {paths[name]: site for name, site in sites.items()}
+    configs = {name: SLAConfig.from_dict(site["config"]) for name, site in here.items()}
+    choice = Choice(SLAConfig(), lambda name, _: name in here, None, configs)
+    sizes = {n: Sizes(s["head_dim"], s.get("num_heads"), s.get("query_blocks")) for n, s in here.items()}
     accelerate_module(model, choice, f"load({type(model).__name__}, {os.fspath(path)!r})", sizes=sizes)
 
 
@@ -179,7 +182,7 @@ def _mismatch(path: Any, header: dict, model: nn.Module, what: str) -> str:
 
 def _owners(model: nn.Module) -> dict[str, SparseLinearAttention]:
     return {
-        name.removesuffix(CHILD).removesuffix("."): module
+        plain_name(name).removesuffix(CHILD).removesuffix("."): module
         for name, module in model.named_modules()
         if isinstance(module, SparseLinearAttention)
     }

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -90,7 +91,8 @@ def run_on_fakes(
             why = f"cannot be copied with fake tensors: {error}"
         else:
             try:
-                return observe(copied if training else copied.eval(), fake_args, fake_kwargs)
+                with uncompiled():
+                    return observe(copied if training else copied.eval(), fake_args, fake_kwargs)
             except _NEEDS_VALUES as error:
                 why = f"reads tensor values in its forward: {error}"
             except Exception as error:
@@ -103,12 +105,20 @@ def run_on_fakes(
         )
     was_training = {module: module.training for module in model.modules()}
     try:
-        return observe(model if training else model.eval(), args, kwargs)
+        with uncompiled():
+            return observe(model if training else model.eval(), args, kwargs)
     except Exception as error:
         raise ValueError(f"the model does not run with these example_inputs: {error}") from error
     finally:
         for module, training in was_training.items():
             module.training = training
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Blocks of a model that are compiled one by one run as they are."""
+    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+        yield
 
 
 def arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:

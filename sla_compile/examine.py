@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from sla_compile.api import LOST, Acceleration, Choice, Patterns
+from sla_compile.api import LOST, Acceleration, Choice, Patterns, by_plain_name
 from sla_compile.config import SLAConfig
 from sla_compile.discovery import AttentionCall, _Observer, _scopes, run_on_fakes
 from sla_compile.module import SparseLinearAttention
@@ -20,7 +20,7 @@ from sla_compile.passes import rewrite
 from sla_compile.passes.eligibility import why_dense
 from sla_compile.passes.find import find_attention
 from sla_compile.passes.rewrite import Decision
-from sla_compile.passes.sites import Site, partly_dense
+from sla_compile.passes.sites import Site, partly_dense, plain_name
 from sla_compile.plan import plan_module
 from sla_compile.redirect import CHILD, Redirection, is_changed
 from sla_compile.report import Report
@@ -131,24 +131,27 @@ class Calls:
 
 
 def _verify(model: nn.Module, example_inputs: Any) -> Examination:
-    modules = dict(model.named_modules())
+    modules = by_plain_name(model)
     sites = [
         site.replace(name=_join(root, site.name))
         for root, state in accelerated_roots(model).items()
         for site in state.sites
     ]
     configs = {m.config.fingerprint(): m.config for m in modules.values() if isinstance(m, SparseLinearAttention)}
-    calls = None if example_inputs is None else watch(model, example_inputs)
+    calls = None
+    if example_inputs is not None:
+        calls = {plain_name(name): made for name, made in watch(model, example_inputs).items()}
     rows, silent = [], []
     for site in sites:
-        module = modules.get(site.name)
+        name = plain_name(site.name)
+        module = modules.get(name)
         if site.rewritten and (module is None or not is_changed(module) or CHILD not in module._modules):
             rows.append(site.replace(rewritten=False, reason=LOST, config=""))
             silent.append(f"{site.name or 'the model itself'}: {LOST}")
         elif calls is None:
             rows.append(site)
         else:
-            rows.append(_seen(site, calls.pop(site.name, Calls())))
+            rows.append(_seen(site, calls.pop(name, Calls())))
             if rows[-1].reason == UNSEEN:
                 silent.append(f"{site.name or 'the model itself'}: {UNSEEN}")
     for name, made in (calls or {}).items():

@@ -12,12 +12,14 @@ import torch
 from models import SelfAttention, TinyDiT, build, make_inputs
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sla_compile
 from sla_compile import SLAConfig, snapshot
 from sla_compile.examine import examine
+from sla_compile.testing import assert_rewritten
 
 CONFIG = SLAConfig(sparsity=0.8, min_seq_len=64)
 ATTENTIONS = ["blocks.0.attn", "blocks.1.attn"]
@@ -597,6 +599,30 @@ def test_wrappers_are_looked_through(wrap, tmp_path):
         assert torch.equal(model(*inputs), build()(*inputs))
     with pytest.raises(ValueError, match="but the TinyDiT inside of it was: pass that"):
         sla_compile.restore(wrapped)
+
+
+@pytest.mark.parametrize("part", ["", "attn"])
+@pytest.mark.parametrize("wrap", [lambda module: torch.compile(module, backend="eager"), checkpoint_wrapper])
+def test_blocks_wrapped_one_by_one_keep_their_names(wrap, part, tmp_path):
+    model, inputs, path = accelerated(), make_inputs(), tmp_path / "sla.safetensors"
+    expected = model(*inputs)
+
+    def wrap_blocks(model):
+        for i, block in enumerate(model.blocks):
+            if part:
+                block.attn = wrap(block.attn)
+            else:
+                model.blocks[i] = wrap(block)
+        return model
+
+    assert torch.equal(wrap_blocks(model)(*inputs), expected)
+    assert names(sla_compile.report(model)) == ATTENTIONS
+    assert assert_rewritten(model, inputs).rewritten
+    sla_compile.save(model, path)
+    assert torch.equal(sla_compile.load(build(), path)(*inputs), expected)
+    assert torch.equal(sla_compile.load(wrap_blocks(accelerated(trained=False)), path)(*inputs), expected)
+    if wrap is checkpoint_wrapper:  # accelerate comes before torch.compile
+        assert torch.equal(sla_compile.load(wrap_blocks(build()), path)(*inputs), expected)
 
 
 def test_load_refuses_what_does_not_belong(tmp_path):

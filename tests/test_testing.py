@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import CrossAttention, SelfAttention, TinyDiT, build, make_inputs
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -156,6 +157,15 @@ def test_wrapped_and_compiled_models_are_looked_into():
     report = assert_rewritten(Wrapper(accelerated()), make_inputs(), expect="base.*.attn")
     assert [row.name for row in report.rewritten] == [f"base.{name}" for name in ATTENTIONS]
     assert_rewritten(torch.compile(accelerated()), make_inputs(), expect=ATTENTIONS)
+
+
+@pytest.mark.parametrize("wrap", [lambda block: torch.compile(block, backend="eager"), checkpoint_wrapper])
+def test_blocks_wrapped_one_by_one_are_looked_into(wrap):
+    model = accelerated()
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = wrap(block)
+    assert_rewritten(model, make_inputs(), expect=ATTENTIONS)
+    assert_captured(model, [make_inputs()])
 
 
 class ReadsValues(TinyDiT):
