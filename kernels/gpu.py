@@ -224,7 +224,7 @@ class _Call:
         lists = self.group * rows * columns * (2 if backward else 1)
         states = 0
         if self.spec.linear != "none":
-            states = columns + self.group * rows
+            states = columns + self.group * rows if self.spec.linear == "marginal" else PARTIAL_SUMS + 1
             if backward:
                 states += self.group * rows * (self.spec.block_q // self.plan.query_linear.tile_q)
         # Four bytes an entry of a list, two an element of the marginal mask.
