@@ -46,8 +46,7 @@ def pool_blocks(tokens: Tensor, block: int, key_bias: Tensor | None) -> tuple[Te
     if key_bias is not None:
         valid = key_bias > -torch.inf
         tokens = tokens.masked_fill(~valid[:, None, :, None], 0)
-        counts = tokens.new_zeros(batch, blocks * block, dtype=torch.float32)
-        counts[:, :length] = valid
+        counts = F.pad(valid.float(), (0, blocks * block - length))
         counts = counts.view(batch, 1, blocks, block).sum(-1)[..., None]
     if traced:  # Dynamo refuses out= of a part; padded, ragged lengths and others are one program
         padded = F.pad(tokens, (0, 0, 0, blocks * block - length))

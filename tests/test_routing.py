@@ -185,20 +185,22 @@ def test_everything_pinned() -> None:
     assert (classify(query, query, pinned=(300, 0), negligible=0.5) == 1).all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("config", [SLAConfig(sparsity=0.75, negligible=0.1), SLAConfig(pinned=(70, 30))])
-def test_traces(config: SLAConfig) -> None:
+def test_traces(config: SLAConfig, masked: bool) -> None:
     """Ragged lengths and others, in one program while the length is dynamic."""
 
     class Route(torch.nn.Module):
         def forward(self, query: Tensor) -> Tensor:
-            return sla_compile.route(query, query, config=config)
+            mask = query[:, :1, None, :, 0] > -1 if masked else None
+            return sla_compile.route(query, query, config=config, key_padding_mask=mask)
 
-    query = torch.randn(1, 2, 700, 16)
+    query = torch.randn(3, 2, 700, 16)
     program = torch.export.export(Route(), (query,), strict=True)
     assert torch.equal(program.module()(query), Route()(query))
     compiled = torch.compile(Route(), backend="aot_eager", fullgraph=True, dynamic=True)
     for number, length in enumerate((700, 704, 750)):
-        query = torch.randn(1, 2, length, 16)
+        query = torch.randn(3, 2, length, 16)
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
             assert torch.equal(compiled(query), Route()(query))
 
