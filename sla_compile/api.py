@@ -193,6 +193,7 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: `model` was not accelerated.
+        TypeError: it is a graph.
         RuntimeError: something changed a class after accelerate, as fully_shard does; nothing is taken back then.
     """
     _acceleration(model)
@@ -214,6 +215,10 @@ def dense(model: nn.Module) -> Iterator[nn.Module]:
     """Exact attention inside the ``with`` block, for dense first steps of a sampler or for comparison.
 
     A compiled model compiles once for each of the two. It holds for the model, in whichever thread that runs.
+
+    Raises:
+        ValueError: `model` was not accelerated.
+        TypeError: it is a graph.
     """
     _acceleration(unwrapped(model))
     modules = [module for module in model.modules() if isinstance(module, SparseLinearAttention)]
@@ -319,6 +324,11 @@ def _apply(model: nn.Module, planned: Sequence[Planned]) -> None:
 
 
 def _acceleration(model: nn.Module) -> Acceleration:
+    if isinstance(model, (torch.fx.GraphModule, torch.export.ExportedProgram)):
+        raise TypeError(
+            f"this {type(model).__name__} is a graph, which accelerate rewrites for good: keep a copy from before it, "
+            "or accelerate the module that the graph was captured from"
+        )
     state = model.__dict__.get("_sla_acceleration") if isinstance(model, nn.Module) else None
     if state is None:
         inner = unwrapped(model)

@@ -33,7 +33,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: `model` was not accelerated, or its added parameters are on the meta device.
+        TypeError: it is an ExportedProgram.
     """
+    _check_module(model)
     model = unwrapped(model)
     modules = _owners(model)
     if not modules:
@@ -62,7 +64,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         ValueError: the file is no such file, or belongs to another model; `model` is then what it was.
+        TypeError: `model` is an ExportedProgram.
     """
+    _check_module(model)
     header, tensors = _read(path)
     sites: dict[str, dict[str, Any]] = header["sites"]
     given, model = model, unwrapped(model)
@@ -93,6 +97,14 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 with torch.no_grad():
                     parameter.copy_(value)
     return given
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"sla_compile.save and load take an nn.Module, got {type(model).__name__}; torch.export.save and load keep "
+            "an ExportedProgram with all its parameters"
+        )
 
 
 def _is_sharded(parameter: Any) -> bool:

@@ -49,6 +49,21 @@ def test_bad_patterns_and_second_calls_change_nothing(capture):
         sla_compile.accelerate(accelerated, config=CONFIG)
 
 
+def test_what_is_for_modules_says_so(tmp_path):
+    program = sla_compile.accelerate(torch.export.export(build(), make_inputs()), config=CONFIG)
+    for graph in (
+        program,
+        sla_compile.accelerate(torch.fx.symbolic_trace(build()), config=CONFIG, example_inputs=make_inputs()),
+    ):
+        with pytest.raises(TypeError, match="is a graph, which accelerate rewrites for good: keep a copy"):
+            sla_compile.restore(graph)
+        with pytest.raises(TypeError, match="is a graph"), sla_compile.dense(graph):
+            pass
+    for function in (sla_compile.save, sla_compile.load):
+        with pytest.raises(TypeError, match="take an nn.Module, got ExportedProgram; torch.export.save"):
+            function(program, tmp_path / "sla.safetensors")
+
+
 def test_backend_by_name():
     model, inputs = build(), make_inputs()
     options = {"sparsity": 0.8, "min_seq_len": 64, "inner": "eager"}
