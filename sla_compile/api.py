@@ -180,7 +180,7 @@ def parameters(model: Any, stage: int | None = None) -> list[nn.Parameter]:
 
 def _added_parameters(model: Any) -> dict[str, nn.Parameter]:
     """The parameters that accelerate added, by name; one that several owners share appears once."""
-    if isinstance(model, torch.export.ExportedProgram):
+    if isinstance(model, (torch.fx.GraphModule, torch.export.ExportedProgram)):  # whose modules may be gone
         from sla_compile.passes.rewrite import added_parameters
 
         return added_parameters(model)

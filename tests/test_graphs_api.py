@@ -22,7 +22,9 @@ def test_exported_program():
     assert all("cross-attention" in site.reason for site in report.dense)
     assert len(sla_compile.parameters(accelerated)) == 4
     expected = sla_compile.accelerate(build(), config=CONFIG)(*make_inputs())
-    torch.testing.assert_close(accelerated.module()(*make_inputs()), expected, rtol=1e-5, atol=1e-6)
+    module = accelerated.module()
+    assert set(sla_compile.parameters(module)) == set(sla_compile.parameters(accelerated))
+    torch.testing.assert_close(module(*make_inputs()), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(program.module()(*make_inputs()), build()(*make_inputs()), rtol=1e-5, atol=1e-6)
 
 
