@@ -61,7 +61,7 @@ def add_demo(commands: Subcommands) -> None:
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="of the measurement; auto is bfloat16 on cuda and float32, which the CPU kernel computes in, on the cpu",
+        help="of the measurement; auto is bfloat16 on cuda and float32 on the cpu",
     )
     parser.add_argument("--output", type=Path, default=Path("sla-demo.png"), help="where the picture goes")
     parser.add_argument(
