@@ -96,7 +96,10 @@ def _verdict(
     caller = module if processor is None else processor
     calls = names_used(caller)
     if not calls & ATTENTION and (processor is not None or calls & _OTHER_ATTENTION):
-        return "dense", f"{type(caller).__name__} does not call scaled_dot_product_attention"
+        why = f"{type(caller).__name__} does not call scaled_dot_product_attention"
+        if processor is None:  # models of transformers take it from a table, and name what they write out
+            why += " by name; where it takes it from a table, pass example_inputs"
+        return "dense", why
     if joint:
         return "self", "joint attention of two sequences"
     if second is None:

@@ -601,6 +601,28 @@ def test_wrappers_are_looked_through(wrap, tmp_path):
         sla_compile.restore(wrapped)
 
 
+def written_out(query, key, value):
+    return (query @ key.mT).softmax(-1) @ value
+
+
+FUNCTIONS = {"sdpa": F.scaled_dot_product_attention}
+
+
+class FromATable(SelfAttention):
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = FUNCTIONS.get("sdpa", written_out)(query, key, value)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+def test_attention_from_a_table_takes_example_inputs():
+    model = nn.Sequential(FromATable())
+    with pytest.raises(ValueError, match="FromATable does not call .* by name; .* pass example_inputs"):
+        sla_compile.accelerate(model, config=CONFIG)
+    sla_compile.accelerate(model, config=CONFIG, example_inputs=(torch.randn(1, 200, 32),))
+    assert names(sla_compile.report(model)) == ["0"]
+
+
 @pytest.mark.parametrize("part", ["", "attn"])
 @pytest.mark.parametrize("wrap", [lambda module: torch.compile(module, backend="eager"), checkpoint_wrapper])
 def test_blocks_wrapped_one_by_one_keep_their_names(wrap, part, tmp_path):
