@@ -153,8 +153,8 @@ def default_scale(scale: float | None, head_dim: int) -> float:
 
 
 def routing_kernels(query: Tensor) -> dict[str, Callable[..., Any]]:
-    """What of routing the tensor's device has kernels for, as arguments of route; none in a trace, which cannot look
-    into what launches them."""
+    """What of routing the tensor's device has kernels for, as arguments of route; none in a trace, as Dynamo does not
+    follow what launches them."""
     if not query.is_cuda or torch.compiler.is_compiling():
         return {}
     kernels = _kernels(query, "none")
