@@ -5,7 +5,7 @@ import os.path
 if not os.path.isdir(os.path.join(__path__[0], "kernels")):  # a checkout: kernels/ and passes/ stand beside this folder
     __path__.append(os.path.dirname(__path__[0]))
 
-from sla_compile import _compat, export  # noqa: F401  # the first refuses versions of torch that are too old
+from sla_compile import _compat, export, turbodiffusion  # noqa: F401  # the first refuses versions of torch that are too old
 from sla_compile.api import accelerate, dense, parameters, report, restore
 from sla_compile.calibrate import calibrate
 from sla_compile.calibration_report import Calibration
@@ -31,4 +31,5 @@ __all__ = [
     "route",
     "save",
     "sparse_linear_attention",
+    "turbodiffusion",
 ]

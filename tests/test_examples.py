@@ -82,6 +82,13 @@ def test_ordering(capsys):
     assert "| SLA2 | 50% |" in capsys.readouterr().out
 
 
+def test_turbodiffusion(capsys):
+    pytest.importorskip("transformers")  # diffusers has no pipelines without
+    frames = load(FOLDER / "turbodiffusion.py").main(["--small", "--steps", "2"])
+    assert frames.shape == (5, 128, 160, 3) and 0 <= frames.min() < frames.max() <= 1
+    assert "2 of 4 attentions rewritten" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 def test_export_onnx(tmp_path):
     pytest.importorskip("onnxruntime")
