@@ -18,6 +18,8 @@ example's length, adds no condition that another length breaks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,10 +52,16 @@ def forward(
     block_k: int,
     low_bit: str,
     impl_version: int,
+    *,
+    eager: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``O_s + O_l W^T + b`` (SLA, arXiv 2509.24006, equations 2 to 6) or ``alpha O_s + (1 - alpha) O_l`` (SLA2, arXiv
     2602.12675): arguments and results as of the op ``sla_compile::sparse_linear_attention``, for inference; the length
-    may be symbolic."""
+    may be symbolic.
+
+    Args:
+        eager: run the loop now, and differentiably, instead of recording it.
+    """
     if low_bit != "none":
         raise NotImplementedError(f'low_bit="{low_bit}" has kernels only; accelerate with low_bit=None for this export')
     batch, heads, length, dim = query.shape
@@ -65,7 +73,7 @@ def forward(
 
     queries = blocks(query.to(dtype), block_q, rows)
     keys, values = (blocks(tokens.to(dtype), block_k, columns) for tokens in (key, value))
-    pinned = (pinned_first, pinned_last) if block_map is None else (0, 0)
+    pinned = (pinned_first, pinned_last) if block_map is None or eager else (0, 0)
     if block_map is None:
         block_map = route(
             queries, keys, length, bias, spec, sparsity=sparsity, negligible=negligible,
@@ -79,12 +87,14 @@ def forward(
     critical = block_map == 1
     if any(pinned):  # these rows have many more slots than the others, and get a loop of their own
         held = _pinned_blocks(length, block_q, rows, pinned, query.device)
-        output, logsumexp = _sparse(queries, keys, values, bias, critical & ~held[:, None], spec)
+        output, logsumexp = _sparse(queries, keys, values, bias, critical & ~held[:, None], spec, eager)
         index = _pinned_rows(length, block_q, rows, pinned, query.device)
-        exact = _sparse(queries.index_select(2, index), keys, values, bias, critical.index_select(2, index), spec)
+        exact = _sparse(
+            queries.index_select(2, index), keys, values, bias, critical.index_select(2, index), spec, eager
+        )
         output, logsumexp = (all.index_copy(2, index, own) for all, own in zip((output, logsumexp), exact, strict=True))
     else:
-        output, logsumexp = _sparse(queries, keys, values, bias, critical, spec)
+        output, logsumexp = _sparse(queries, keys, values, bias, critical, spec, eager)
     if linear != "none":
         valid = bias > -torch.inf
         if alpha is not None:  # see smoothing.py
@@ -228,7 +238,7 @@ def _pinned_rows(length: int, block: int, count: int, pinned: tuple[int, int], d
 
 
 def _sparse(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, critical: Tensor, spec: Spec
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, critical: Tensor, spec: Spec, eager: bool
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the critical blocks (B, H, T_m, T_n): output (B, H, T_m, b_q, D), log-sum-exp without
     D."""
@@ -263,10 +273,17 @@ def _sparse(
     statistics = torch.full_like(flat[2][..., :1], -torch.inf)
     first = torch.zeros((), dtype=torch.int64, device=queries.device)
     carried = (first, torch.zeros_like(flat[2]), statistics, torch.zeros_like(statistics), count.flatten().amax(0))
-    _, output, largest, total, _ = while_loop_op(go_on, add_slot, carried, flat)  # type: ignore[arg-type]
+    loop = _run_loop if eager else while_loop_op
+    _, output, largest, total, _ = loop(go_on, add_slot, carried, flat)  # type: ignore[operator]
     output = output / torch.where(total > 0, total, 1)
     logsumexp = largest + torch.where(total > 0, total, 1).log()
     return output.view(queries.shape), logsumexp.view(queries.shape[:-1])
+
+
+def _run_loop(_: Callable, body: Callable, carried: tuple, flat: tuple) -> tuple:
+    for _slot in range(int(carried[-1])):  # what go_on would compare, read once
+        carried = body(*carried, *flat)
+    return carried
 
 
 def _selected_sums(sums: Tensor, block_map: Tensor, linear: str, group: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sla_compile import transforms
 from sla_compile.config import SLAConfig
+from sla_compile.kernels import decomposed
 from sla_compile.kernels.layout import transposed_empty
 from sla_compile.kernels.masks import key_bias
 from sla_compile.kernels.routing import route
@@ -239,6 +240,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     ctx.scalars = inputs[_TENSORS:]
     result = output[0] if _reads_output(inputs[0], low_bit=inputs[-2]) else None
     ctx.save_for_backward(*inputs[:_TENSORS], result, output[1])
+    ctx.save_for_forward(*inputs[:_TENSORS])
 
 
 def _reads_output(query: Tensor, low_bit: str) -> bool:
@@ -258,6 +260,41 @@ def _autograd(ctx: Any, grad_output: Tensor | None, _grad_logsumexp: None) -> tu
     *kept, of_alpha = (None if tensor is None else grad for tensor, grad in zip(differentiable, grads, strict=True))
     # The routers' choice is discrete: they learn in stage 1, outside of the op.
     return (*kept, None, None, of_alpha, *(None,) * (2 + len(ctx.scalars)))
+
+
+def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
+    """The output's tangent: that of the operator written out in PyTorch operations, over the blocks of the forward."""
+    query, key, value, proj_weight, proj_bias, router_q, router_k, alpha, mask, block_map = ctx.saved_tensors
+    scale, sparsity, negligible, critical, first, last, feature_map, linear, block_q, block_k, low_bit, _ = ctx.scalars
+    if low_bit != "none":
+        raise NotImplementedError(
+            f'low_bit="{low_bit}" has no forward-mode derivative; use low_bit=None, whose parameters are the same'
+        )
+    if any(map(transforms.is_batched, (query, key, value))):
+        raise NotImplementedError("sparse_linear_attention has no torch.func.vmap over torch.func.jvp; loop over it")
+    device_type = query.device.type
+    primals: list[Tensor | None] = [query, key, value, proj_weight, proj_bias, alpha]
+    directions = [*tangents[:5], tangents[7]]
+    if torch.is_autocast_enabled(device_type):  # the operator's own cast comes after this
+        primals[:3] = autocast_tokens(query, key, value)
+        directions[:3] = [
+            None if t is None else t.to(p.dtype) for t, p in zip(directions[:3], primals[:3], strict=True)
+        ]
+    present = [place for place, primal in enumerate(primals) if primal is not None]
+
+    def output(*inputs: Tensor) -> Tensor:
+        query, key, value, weight, bias, alpha = (
+            inputs[present.index(place)] if place in present else None for place in range(len(primals))
+        )
+        arguments = (query, key, value, weight, bias, None, None, alpha, mask, block_map, *ctx.scalars)
+        return decomposed.forward(*arguments, eager=True)[0]
+
+    with torch.autocast(device_type, enabled=False):
+        routing = (sparsity, negligible, critical, (first, last), router_q, router_k)
+        spec = Spec(scale, feature_map, linear, block_q, block_k)
+        block_map = _prepared(primals[0], primals[1], None, mask, block_map, spec, routing)["block_map"]
+        along = [torch.zeros_like(primals[p]) if directions[p] is None else directions[p] for p in present]
+        return torch.func.jvp(output, tuple(primals[p] for p in present), tuple(along))[1], None
 
 
 def _save_nothing(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -292,7 +329,13 @@ def _register_autocast(device_type: str, dispatch_key: str) -> None:
 
 
 _LIBRARY = torch.library.Library("sla_compile", "FRAGMENT")
-transforms.register(_LIBRARY, "sparse_linear_attention", _setup_context, _autograd)
-transforms.register(_LIBRARY, "sparse_linear_attention_backward", _save_nothing, transforms.second_derivative)
+transforms.register(_LIBRARY, "sparse_linear_attention", _setup_context, _autograd, _jvp)
+transforms.register(
+    _LIBRARY,
+    "sparse_linear_attention_backward",
+    _save_nothing,
+    transforms.second_derivative,
+    transforms.second_derivative,
+)
 _register_autocast("cpu", "AutocastCPU")
 _register_autocast("cuda", "AutocastCUDA")

@@ -2,8 +2,8 @@
 
 ``torch.library.register_autograd`` makes an autograd.Function that torch.func does not take; under ``torch.func.jvp``,
 and for dual tensors under ``torch.no_grad``, the operator would count as a constant: a wrong derivative without a word.
-So while a transform is active the operators run as autograd.Functions that know of transforms: ``grad``, ``vjp`` and
-``vmap`` work as those of dense attention do, forward mode is refused, as PyTorch's fused kernels refuse it.
+So while a transform is active the operators run as autograd.Functions that know of transforms: ``grad``, ``vjp``,
+``vmap`` and ``jvp``. Outside of transforms dual tensors are refused, and second derivatives are anywhere.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
 
 _DENSE = (
@@ -22,12 +23,17 @@ _DENSE = (
 
 
 def register(
-    library: torch.library.Library, name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+    library: torch.library.Library,
+    name: str,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    jvp: Callable[..., Any],
 ) -> None:
     """Lets torch.func take the operator ``sla_compile::<name>``, which has several outputs.
 
     Args:
         setup_context, backward: as ``torch.library.register_autograd`` takes them.
+        jvp: as that of an autograd.Function.
     """
     operator = getattr(torch.ops.sla_compile, name)
 
@@ -42,9 +48,6 @@ def register(
         outputs = tuple(torch.stack(output) for output in zip(*samples, strict=True))
         return outputs, (0,) * len(outputs)
 
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise _no_forward_mode()
-
     methods: dict[str, Callable[..., Any]] = dict(
         forward=forward, setup_context=setup_context, backward=backward, vmap=vmap, jvp=jvp
     )
@@ -55,13 +58,20 @@ def register(
 def refuse_tangents(*tensors: Tensor | None) -> None:
     """Raises NotImplementedError where a tensor is dual: no operator's kernel carries tangents on."""
     if any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise _no_forward_mode()
+        raise NotImplementedError(
+            "sparse_linear_attention has no forward-mode derivative of dual tensors; call torch.func.jvp"
+        )
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether torch.func.vmap maps over the tensor."""
+    while is_functorch_wrapped_tensor(tensor):
+        if is_batchedtensor(tensor):
+            return True
+        tensor = get_unwrapped(tensor)
+    return False
 
 
 def second_derivative(ctx: Any, *grads: Tensor | None) -> Any:
-    """The backward of the backward operators."""
+    """The backward and the jvp of the backward operators."""
     raise NotImplementedError(f"sparse_linear_attention has no second derivative: {_DENSE}")
-
-
-def _no_forward_mode() -> NotImplementedError:
-    return NotImplementedError(f"sparse_linear_attention has no forward-mode derivative: {_DENSE}")

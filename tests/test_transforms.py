@@ -1,4 +1,4 @@
-"""The operator and accelerated models under torch.func: as loops compute it, or an error; never another number."""
+"""The operator and accelerated models under torch.func: as loops and formulas have it, or an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import sla_compile
-from sla_compile import SLAConfig, sparse_linear_attention
+from sla_compile import SLAConfig, route, sparse_linear_attention
+from sla_compile.kernels.masks import key_bias
+from sla_compile.kernels.reference import reference_attention
+from sla_compile.kernels.smoothing import has_complement, token_mean
+from sla_compile.kernels.spec import Spec
 
 CONFIG = SLAConfig(sparsity=0.5, min_seq_len=1)
 
@@ -93,21 +97,134 @@ def test_compiled(model: nn.Module, samples: Tensor) -> None:
     torch.testing.assert_close(compiled(samples), of_sample(samples))
 
 
-def dual(function: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
-    with forward_ad.dual_level():
-        function(forward_ad.make_dual(tokens, torch.ones_like(tokens)))
+JVP_CASES = {
+    "sla": dict(),
+    "all": dict(linear="all", negligible=0.0),
+    "none": dict(linear="none"),
+    "sla2": dict(method="sla2"),
+    "elu": dict(feature_map="elu"),
+    "relu": dict(feature_map="relu"),
+    "wide blocks": dict(block_q=128),
+    "pinned": dict(pinned=(10, 70)),
+}
+
+
+def attention_case(options: dict, *, kv_heads: int = 2, masked: bool = False, mapped: bool = False) -> tuple:
+    """The operator and the reference as functions of what has tangents, and random values of these."""
+    config = SLAConfig(**{"sparsity": 0.5, "negligible": None, **options})
+    random = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=random)
+
+    values = {"query": draw(2, 300, 2, 8).transpose(1, 2)}  # as a (B, L, H, D) tensor is seen
+    values |= {name: draw(2, kv_heads, 300, 8) for name in ("key", "value")}
+    if config.has_projection:
+        values |= {"proj_weight": draw(8, 8), "proj_bias": draw(8)}
+    elif config.has_alpha:
+        values |= {"alpha": draw(2, 1).sigmoid()}
+    mask = draw(2, 1, 1, 300) > -1 if masked else None
+    options = dict(config=config, enable_gqa=True)
+    block_map = route(values["query"], values["key"], **options, key_padding_mask=mask)
+    if mapped:
+        block_map = block_map.roll(1, 3)
+    given = dict(key_padding_mask=mask, block_map=block_map if mapped else None)
+    spec = Spec(8**-0.5, config.feature_map, config.linear, config.block_q, config.block_k)
+    bias = key_bias(mask, 2, 300)
+
+    def operator(*inputs: Tensor) -> Tensor:
+        return sparse_linear_attention(**dict(zip(values, inputs, strict=True)), **options, **given)
+
+    def reference(*inputs: Tensor) -> Tensor:
+        named = dict(zip(values, inputs, strict=True))
+        if config.has_alpha:
+            complement = has_complement(block_map, bias, 64)
+            named |= {"alpha": torch.where(complement, named["alpha"], 1), "key_mean": token_mean(named["key"], bias)}
+        return reference_attention(**named, block_map=block_map, spec=spec, key_bias=bias)[0]
+
+    return operator, reference, tuple(values.values())
+
+
+@pytest.mark.parametrize("layout", [{}, {"kv_heads": 1}, {"masked": True}, {"mapped": True}], ids=str)
+@pytest.mark.parametrize("options", JVP_CASES.values(), ids=JVP_CASES)
+def test_jvp(options: dict, layout: dict) -> None:
+    operator, reference, values = attention_case(options, **layout)
+    tangents = tuple(torch.randn_like(value) for value in values)
+    output, tangent = torch.func.jvp(operator, values, tangents)
+    torch.testing.assert_close(output, operator(*values), rtol=0, atol=0)
+    torch.testing.assert_close(tangent, torch.func.jvp(reference, values, tangents)[1])
+    assert tangent.stride() == output.stride()
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_jvp_of_one_argument(place: int) -> None:
+    operator, reference, values = attention_case({})
+
+    def alone(function: Callable) -> Callable:
+        return lambda value: function(*values[:place], value, *values[place + 1 :])
+
+    tangent = torch.randn_like(values[place])
+    expected = torch.func.jvp(alone(reference), (values[place],), (tangent,))[1]
+    torch.testing.assert_close(torch.func.jvp(alone(operator), (values[place],), (tangent,))[1], expected)
+
+
+def test_jvp_of_a_model_is_the_transpose_of_its_vjp(model: nn.Module, samples: Tensor) -> None:
+    direction, cotangent = torch.randn(2, *samples.shape, dtype=torch.float64).unbind()
+    tangent = torch.func.jvp(model, (samples,), (direction,))[1]
+    expected = (torch.func.vjp(model, samples)[1](cotangent)[0] * direction).sum()
+    torch.testing.assert_close((tangent * cotangent).sum(), expected)
+
+
+def test_a_loss_may_have_the_tangent_in_its_target(model: nn.Module, samples: Tensor) -> None:
+    """As consistency models and mean flows train: gradients go through the output alone."""
+    output, tangent = torch.func.jvp(model, (samples,), (torch.ones_like(samples),))
+    found = torch.autograd.grad((output - tangent.detach()).square().sum(), list(trained(model).values()))
+    expected = torch.autograd.grad((model(samples) - tangent.detach()).square().sum(), list(trained(model).values()))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_jacfwd() -> None:
+    operator, _, values = attention_case({})
+
+    def of_factors(factors: Tensor) -> Tensor:
+        return operator(*(factor * value for factor, value in zip(factors, values, strict=True))).sum((0, 1, 2))
+
+    factors = torch.ones(len(values), dtype=torch.float64)
+    torch.testing.assert_close(torch.func.jacfwd(of_factors)(factors), torch.func.jacrev(of_factors)(factors))
+
+
+def test_jvp_under_autocast_takes_its_dtype() -> None:
+    operator, _, values = attention_case({"linear": "none"})
+    values, direction = tuple(value.float() for value in values), torch.randn(values[0].shape)
+    tangents = (direction, *map(torch.zeros_like, values[1:]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, tangent = torch.func.jvp(operator, values, tangents)
+    half = [tensor.to(torch.bfloat16) for tensor in (*values, *tangents)]
+    expected, of_half = torch.func.jvp(operator, tuple(half[:3]), tuple(half[3:]))
+    assert tangent.dtype == output.dtype == torch.bfloat16
+    assert torch.equal(output, expected) and torch.equal(tangent, of_half)
+
+
+def test_jvp_of_low_bit_is_refused() -> None:
+    operator, _, values = attention_case({"linear": "none", "low_bit": "int8"})
+    with pytest.raises(NotImplementedError, match='low_bit="int8" has no forward-mode derivative'):
+        torch.func.jvp(operator, values, values)
+
+
+def test_vmap_over_jvp_is_refused(model: nn.Module, samples: Tensor) -> None:
+    with pytest.raises(NotImplementedError, match=r"no torch.func.vmap over torch.func.jvp; loop over it"):
+        torch.func.vmap(lambda x: torch.func.jvp(lambda y: model(y[None]), (x,), (x,))[1])(samples)
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize(
-    "derive", [dual, lambda f, x: torch.func.jvp(f, (x,), (x,)), lambda f, x: torch.func.jacfwd(f)(x)]
-)
-def test_forward_mode_is_refused(recorded: bool, derive: Callable) -> None:
+def test_dual_tensors_without_a_transform_are_refused(recorded: bool) -> None:
     """The operator must not count as a constant, whose tangent is zero."""
     query, key, value = torch.randn(3, 1, 1, 70, 8, requires_grad=recorded).unbind()
     config = CONFIG.replace(linear="none")
-    with torch.set_grad_enabled(recorded), pytest.raises(NotImplementedError, match="jvp|forward-mode"):
-        derive(lambda tokens: sparse_linear_attention(tokens, key, value, config=config), query.detach())
+    with torch.set_grad_enabled(recorded), forward_ad.dual_level():
+        dual = forward_ad.make_dual(query.detach(), torch.ones_like(query))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            sparse_linear_attention(dual, key, value, config=config)
 
 
 def test_second_derivatives_are_refused(model: nn.Module, samples: Tensor) -> None:
