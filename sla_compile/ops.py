@@ -270,31 +270,30 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
         raise NotImplementedError(
             f'low_bit="{low_bit}" has no forward-mode derivative; use low_bit=None, whose parameters are the same'
         )
-    if any(map(transforms.is_batched, (query, key, value))):
-        raise NotImplementedError("sparse_linear_attention has no torch.func.vmap over torch.func.jvp; loop over it")
-    device_type = query.device.type
     primals: list[Tensor | None] = [query, key, value, proj_weight, proj_bias, alpha]
-    directions = [*tangents[:5], tangents[7]]
+    along = [*tangents[:5], tangents[7]]
+    device_type = query.device.type
     if torch.is_autocast_enabled(device_type):  # the operator's own cast comes after this
         primals[:3] = autocast_tokens(query, key, value)
-        directions[:3] = [
-            None if t is None else t.to(p.dtype) for t, p in zip(directions[:3], primals[:3], strict=True)
-        ]
-    present = [place for place, primal in enumerate(primals) if primal is not None]
+        along[:3] = [None if t is None else t.to(p.dtype) for t, p in zip(along[:3], primals[:3], strict=True)]
+    along = [torch.zeros_like(p) if t is None and p is not None else t for t, p in zip(along, primals, strict=True)]
+
+    def route_again(query: Tensor, key: Tensor, *given: Tensor | None) -> Tensor:
+        router_q, router_k, mask, block_map = given
+        routing = (sparsity, negligible, critical, (first, last), router_q, router_k)
+        spec = Spec(scale, feature_map, linear, block_q, block_k)
+        return _prepared(query, key, None, mask, block_map, spec, routing)["block_map"]
 
     def output(*inputs: Tensor) -> Tensor:
-        query, key, value, weight, bias, alpha = (
-            inputs[present.index(place)] if place in present else None for place in range(len(primals))
-        )
+        rest = iter(inputs)
+        query, key, value, weight, bias, alpha = (None if primal is None else next(rest) for primal in primals)
         arguments = (query, key, value, weight, bias, None, None, alpha, mask, block_map, *ctx.scalars)
         return decomposed.forward(*arguments, eager=True)[0]
 
     with torch.autocast(device_type, enabled=False):
-        routing = (sparsity, negligible, critical, (first, last), router_q, router_k)
-        spec = Spec(scale, feature_map, linear, block_q, block_k)
-        block_map = _prepared(primals[0], primals[1], None, mask, block_map, spec, routing)["block_map"]
-        along = [torch.zeros_like(primals[p]) if directions[p] is None else directions[p] for p in present]
-        return torch.func.jvp(output, tuple(primals[p] for p in present), tuple(along))[1], None
+        block_map = transforms.untransformed(route_again, *primals[:2], router_q, router_k, mask, block_map)
+        present = [[tensor for tensor in tensors if tensor is not None] for tensors in (primals, along)]
+        return torch.func.jvp(output, *map(tuple, present))[1], None
 
 
 def _save_nothing(ctx: Any, inputs: tuple, output: tuple) -> None:

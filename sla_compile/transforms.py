@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.forward_ad import unpack_dual
 
 _DENSE = (
@@ -63,13 +64,24 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
         )
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Whether torch.func.vmap maps over the tensor."""
-    while is_functorch_wrapped_tensor(tensor):
+def untransformed(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """The function of what the tensors wrap, outside of all transforms: it has memory, which kernels can read.
+
+    Raises:
+        NotImplementedError: torch.func.vmap maps over one of them.
+    """
+    with temporarily_clear_interpreter_stack():
+        return function(*map(_unwrapped, tensors))
+
+
+def _unwrapped(tensor: Tensor | None) -> Tensor | None:
+    while tensor is not None and is_functorch_wrapped_tensor(tensor):
         if is_batchedtensor(tensor):
-            return True
+            raise NotImplementedError(
+                "sparse_linear_attention has no torch.func.vmap over torch.func.jvp; loop over it"
+            )
         tensor = get_unwrapped(tensor)
-    return False
+    return tensor
 
 
 def second_derivative(ctx: Any, *grads: Tensor | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import sla_compile
-from sla_compile import SLAConfig, route, sparse_linear_attention
+from sla_compile import SLAConfig, ops, route, sparse_linear_attention
 from sla_compile.kernels.masks import key_bias
 from sla_compile.kernels.reference import reference_attention
 from sla_compile.kernels.smoothing import has_complement, token_mean
@@ -154,6 +155,21 @@ def test_jvp(options: dict, layout: dict) -> None:
     torch.testing.assert_close(output, operator(*values), rtol=0, atol=0)
     torch.testing.assert_close(tangent, torch.func.jvp(reference, values, tangents)[1])
     assert tangent.stride() == output.stride()
+
+
+def test_jvp_routes_tensors_that_kernels_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, _, values = attention_case({"method": "sla2"}, masked=True)
+    seen = []
+
+    def routed(*tensors: Tensor, **options: Any) -> Tensor:
+        seen.extend(tensor.data_ptr() for tensor in (*tensors, options["key_bias"]))  # of a wrapper it raises
+        return original(*tensors, **options)
+
+    original = ops.route
+    monkeypatch.setattr(ops, "route", routed)
+    twice = lambda *inputs: torch.func.jvp(operator, inputs, values)[1]  # noqa: E731
+    torch.func.jvp(twice, values, values)
+    assert len(seen) >= 6
 
 
 @pytest.mark.parametrize("place", range(5))
