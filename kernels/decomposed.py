@@ -273,8 +273,8 @@ def _sparse(
     statistics = torch.full_like(flat[2][..., :1], -torch.inf)
     first = torch.zeros((), dtype=torch.int64, device=queries.device)
     carried = (first, torch.zeros_like(flat[2]), statistics, torch.zeros_like(statistics), count.flatten().amax(0))
-    loop = _run_loop if eager else while_loop_op
-    _, output, largest, total, _ = loop(go_on, add_slot, carried, flat)  # type: ignore[operator]
+    loop: Callable = _run_loop if eager else while_loop_op
+    _, output, largest, total, _ = loop(go_on, add_slot, carried, flat)
     output = output / torch.where(total > 0, total, 1)
     logsumexp = largest + torch.where(total > 0, total, 1).log()
     return output.view(queries.shape), logsumexp.view(queries.shape[:-1])

@@ -274,8 +274,8 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
     along = [*tangents[:5], tangents[7]]
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):  # the operator's own cast comes after this
-        primals[:3] = autocast_tokens(query, key, value)
-        along[:3] = [None if t is None else t.to(p.dtype) for t, p in zip(along[:3], primals[:3], strict=True)]
+        primals[:3] = tokens = autocast_tokens(query, key, value)
+        along[:3] = [None if t is None else t.to(token.dtype) for t, token in zip(along[:3], tokens, strict=True)]
     along = [torch.zeros_like(p) if t is None and p is not None else t for t, p in zip(along, primals, strict=True)]
 
     def route_again(query: Tensor, key: Tensor, *given: Tensor | None) -> Tensor:
