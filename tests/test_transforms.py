@@ -157,6 +157,21 @@ def test_jvp(options: dict, layout: dict) -> None:
     assert tangent.stride() == output.stride()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "roundings"), [(torch.float32, 16), (torch.bfloat16, 1), (torch.float16, 1)], ids=str
+)
+def test_precision_of_jvp(dtype: torch.dtype, roundings: int) -> None:
+    """In 16 bit the result alone is rounded, by half an eps; in float32 the exponents are, of a size of up to ten."""
+    operator, reference, values = attention_case({}, mapped=True)
+    values = tuple(value.to(dtype) for value in values)
+    tangents = tuple(torch.randn_like(value) for value in values)
+    tangent = torch.func.jvp(operator, values, tangents)[1]
+    exact = (tuple(tensor.double() for tensor in tensors) for tensors in (values, tangents))
+    expected = torch.func.jvp(reference, *exact)[1]
+    assert tangent.dtype == dtype
+    assert (tangent.double() - expected).norm() < roundings * torch.finfo(dtype).eps * expected.norm()
+
+
 def test_jvp_routes_tensors_that_kernels_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
     operator, _, values = attention_case({"method": "sla2"}, masked=True)
     seen = []
