@@ -40,7 +40,8 @@ _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, Unsu
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of attention: its owner's path, its arguments (fake) and whether it is self-attention."""
+    """One call of attention: its owner's path, its arguments (fake), whether it is self-attention, and what the owner's
+    forward was given."""
 
     owner: str
     query: Tensor
@@ -51,6 +52,7 @@ class AttentionCall:
     is_causal: bool
     enable_gqa: bool
     is_self: bool
+    given: tuple[tuple, dict[str, Any]] = ((), {})
 
 
 def discover(model: nn.Module, example_inputs: Any) -> list[AttentionCall]:
@@ -214,13 +216,13 @@ class _Observer(TorchFunctionMode):
         super().__init__()
         self.calls: list[AttentionCall] = []
         self.labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.scopes: list[tuple[str, int]] = []
+        self.scopes: list[tuple[str, int, tuple[tuple, dict[str, Any]]]] = []
         self.entered = 0
 
     def enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self.entered += 1
-            self.scopes.append((name, self.entered))
+            self.scopes.append((name, self.entered, (args, kwargs)))
             for index, tensor in enumerate(tree_leaves((args, kwargs))):
                 if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
                     self.add(tensor, {(self.entered, index)})
@@ -271,8 +273,9 @@ class _Observer(TorchFunctionMode):
     ) -> None:
         query_from, key_from, value_from = (self.local(t) for t in (query, key, value))
         is_self = bool(query_from & key_from & value_from) and value_from <= query_from
+        owner, _, given = self.scopes[-1]
         self.calls.append(
-            AttentionCall(self.scopes[-1][0], query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, is_self)
+            AttentionCall(owner, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, is_self, given)
         )
 
     def note_multi_head(
@@ -286,6 +289,7 @@ class _Observer(TorchFunctionMode):
             tensors = (split(query), split(key), split(value))
         plain = query is key and key is value and not kwargs.get("need_weights", True)
         mask = kwargs.get("attn_mask")
+        owner, _, given = self.scopes[-1]
         self.calls.append(
-            AttentionCall(self.scopes[-1][0], *tensors, mask, 0.0, kwargs.get("is_causal", False), False, plain)
+            AttentionCall(owner, *tensors, mask, 0.0, kwargs.get("is_causal", False), False, plain, given)
         )

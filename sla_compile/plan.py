@@ -16,9 +16,10 @@ from sla_compile.kernels.spec import num_blocks
 from sla_compile.module import SparseLinearAttention
 from sla_compile.passes.eligibility import why_dense
 from sla_compile.passes.sites import Call, Site
-from sla_compile.redirect import CHILD, Redirection
+from sla_compile.redirect import CHILD, Redirection, second_attended
 from sla_compile.structure import Owner, find_owners
 
+CROSS = "cross-attention: keys and values stem from a second sequence"
 _PARAMETER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -50,12 +51,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one owner: the configuration it is redirected with, or None where it stays dense."""
+    """What becomes of one owner: the configuration it is redirected with, or None where it stays dense.
+
+    `second` is name and position of the forward argument that makes a call cross-attention, if there is one.
+    """
 
     name: str
     config: SLAConfig | None
     site: Site
     sizes: Sizes = Sizes()
+    second: tuple[str, int | None] | None = None
 
 
 def plan_module(
@@ -76,15 +81,13 @@ def plan_module(
         decided = _decide_by_calls(model, discover(model, example_inputs), owners, choice)
     chosen = {decision.name for decision in decided if decision.config is not None}
     modules = dict(model.named_modules())
-    seconds = {} if example_inputs is not None else {o.name: o for o in owners if o.second and not o.joint}
     planned = []
     for decision in decided:
         name, module = decision.name, modules[decision.name]
         nested = any(name != other and _encloses(other, name) for other in chosen)
         if decision.config is not None:
             sla = _new_parameters(name, module, decision.config, decision.sizes)
-            second = _second_argument(module, seconds[name].second) if name in seconds else None
-            redirection = Redirection(name, second, nested, isinstance(module, nn.MultiheadAttention))
+            redirection = Redirection(name, decision.second, nested, isinstance(module, nn.MultiheadAttention))
             planned.append(Planned(module, redirection, sla))
         elif nested:
             planned.append(Planned(module, Redirection(name, None, True, False, decision.site.reason), None))
@@ -114,7 +117,8 @@ def _decide_by_structure(owners: Sequence[Owner], choice: Choice, known: Mapping
         elif wish.has_alpha and wish.alpha_per == "block" and sizes.query_blocks is None:
             unknown.append((owner.name, 'alpha_per="block" is bound to one length, which structure does not tell'))
         else:
-            decided.append(Decision(owner.name, wish, site.replace(rewritten=True, config=wish.fingerprint()), sizes))
+            site = site.replace(rewritten=True, config=wish.fingerprint())
+            decided.append(Decision(owner.name, wish, site, sizes, _second_argument(owner)))
     if unknown:
         lines = "\n".join(f"  {name}: {why}" for name, why in unknown[:8])
         more = f"\n  and {len(unknown) - 8} more" if len(unknown) > 8 else ""
@@ -130,6 +134,7 @@ def _decide_by_calls(
     model: nn.Module, calls: Sequence[AttentionCall], owners: Sequence[Owner], choice: Choice
 ) -> list[Decision]:
     modules = dict(model.named_modules())
+    seconds = {owner.name: _second_argument(owner) for owner in owners}
     by_owner: dict[str, list[AttentionCall]] = {}
     for call in calls:
         by_owner.setdefault(call.owner, []).append(call)
@@ -138,7 +143,15 @@ def _decide_by_calls(
         wish = choice(name, modules[name])
         reasons = [wish if isinstance(wish, str) else _why_dense(call, wish) for call in made]
         qualifying = [call for call, reason in zip(made, reasons, strict=True) if reason is None]
+        second = seconds.get(name)
+        if any(second_attended(second, call.query, *call.given) for call in qualifying):
+            second = None  # the run knows better: it takes part in self-attention
         conflict = "" if isinstance(wish, str) else _conflict(qualifying, wish)
+        if qualifying and any(
+            reason == CROSS and not second_attended(second, call.query, *call.given)
+            for call, reason in zip(made, reasons, strict=True)
+        ):
+            conflict = "some of its calls attend to another sequence of its length, and nothing tells them apart later"
         if conflict:
             reasons = [conflict] * len(made)
         told = [Call(tuple(c.query.shape), c.key.shape[-2], why) for c, why in zip(made, reasons, strict=True)]
@@ -146,7 +159,7 @@ def _decide_by_calls(
         config = wish if isinstance(wish, SLAConfig) and site.rewritten else None
         call = max(qualifying if config else made, key=lambda call: call.query.shape[-2])
         site = site.replace(head_dim=call.query.shape[-1], config=config.fingerprint() if config else "")
-        decided.append(Decision(name, config, site, _sizes(call, config) if config else Sizes()))
+        decided.append(Decision(name, config, site, _sizes(call, config) if config else Sizes(), second))
     for owner in owners:
         if owner.name not in by_owner:
             reason = "made no call of scaled_dot_product_attention with these example_inputs"
@@ -176,23 +189,23 @@ def _why_dense(call: AttentionCall, config: SLAConfig) -> str | None:
     reason = why_dense(
         call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal, call.enable_gqa, config
     )
-    return reason or (None if call.is_self else "cross-attention: keys and values stem from a second sequence")
+    return reason or (None if call.is_self else CROSS)
 
 
 def _encloses(outer: str, inner: str) -> bool:
     return outer == "" or inner.startswith(outer + ".")
 
 
-def _second_argument(module: nn.Module, name: str | None) -> tuple[str, int | None] | None:
-    """Name and position of the second sequence in the owner's forward."""
-    if name is None:
+def _second_argument(owner: Owner) -> tuple[str, int | None] | None:
+    """Name and position of the second sequence in the owner's forward, unless both attend jointly."""
+    if owner.second is None or owner.joint:
         return None
     names = [
         parameter.name
-        for parameter in inspect.signature(module.forward).parameters.values()
+        for parameter in inspect.signature(owner.module.forward).parameters.values()
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
-    return name, names.index(name) if name in names else None
+    return owner.second, names.index(owner.second) if owner.second in names else None
 
 
 def _new_parameters(name: str, module: nn.Module, config: SLAConfig, sizes: Sizes) -> SparseLinearAttention:

@@ -231,6 +231,12 @@ def run_redirected(owner: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
+def second_attended(second: tuple[str, int | None] | None, query: Tensor, args: tuple, kwargs: dict) -> bool:
+    """Whether a call with this query in the owner's ``forward(*args, **kwargs)`` is taken for cross-attention."""
+    given = _second_given(second, args, kwargs)
+    return given is not None and not _is_joint(query, *given)
+
+
 def _second_given(second: tuple[str, int | None] | None, args: tuple, kwargs: dict) -> tuple[Any, Any] | None:
     """The first and second sequence of a call of the owner's forward, where a second one is passed."""
     if second is None:

@@ -145,6 +145,40 @@ def test_the_calls_of_one_owner_are_told_apart():
     assert shown.report.rows[0].calls == 2
 
 
+def test_an_owner_whose_cross_attention_looks_like_its_own_stays_dense():
+    class Both(SelfAttention):
+        def forward(self, x, context):
+            query, key, value = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            other = self.proj(context).unflatten(-1, (2, -1)).transpose(1, 2)
+            own = F.scaled_dot_product_attention(query, key, value)
+            return (own + F.scaled_dot_product_attention(query, other, other)).transpose(1, 2).flatten(2)
+
+    model, inputs = Both().eval(), make_inputs()  # context as long as x
+    expected = model(*inputs)
+    sla_compile.accelerate(model, config=CONFIG, example_inputs=inputs, allow_no_match=True)
+    assert "nothing tells them apart later" in sla_compile.report(model).rows[0].reason
+    assert torch.equal(model(*inputs), expected)
+
+
+def test_a_second_sequence_that_the_examples_left_out_stays_dense():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = build().blocks[0].text
+
+        def forward(self, x, context=None):
+            return self.layer(x, context) + (0 if context is None else self.layer(x))
+
+    model, (x, context) = Optional().eval(), make_inputs()
+    expected = model.layer(x, context)
+    for examples in ((x,), (x, context)):
+        sla_compile.accelerate(model, config=CONFIG, example_inputs=examples)
+        assert names(sla_compile.report(model)) == ["layer"]
+        assert torch.equal(model.layer(x, context), expected)
+        assert not torch.equal(model.layer(x), build().blocks[0].text(x))
+        sla_compile.restore(model)
+
+
 def test_report_of_replaced_and_removed_modules():
     model = accelerated()
     model.blocks[0].attn = SelfAttention()
