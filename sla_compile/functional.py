@@ -269,7 +269,10 @@ def _check_block_map(block_map: Tensor, query: Tensor, config: SLAConfig) -> Non
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether its values can be read: not in a trace, by Dynamo or by a dispatch mode, nor from a fake tensor."""
+    """Whether its values can be read: not in a trace, by Dynamo or by a dispatch mode, nor from a fake tensor or one of
+    torch.func, behind which there may be several."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,15 @@ def test_vjp(model: nn.Module, samples: Tensor) -> None:
 
 def test_vmap(model: nn.Module, samples: Tensor) -> None:
     torch.testing.assert_close(torch.func.vmap(lambda sample: model(sample[None])[0])(samples), model(samples))
+
+
+def test_vmap_over_models(model: nn.Module, samples: Tensor) -> None:
+    other = copy.deepcopy(model)
+    for parameter in sla_compile.parameters(other):
+        nn.init.normal_(parameter, std=0.3)
+    parameters, _ = torch.func.stack_module_state([model, other])
+    found = torch.func.vmap(lambda state: torch.func.functional_call(model, state, (samples,)))(parameters)
+    torch.testing.assert_close(found, torch.stack([model(samples), other(samples)]))
 
 
 def test_gradients_of_each_sample(model: nn.Module, samples: Tensor) -> None:
