@@ -184,8 +184,25 @@ def _added_parameters(model: Any) -> dict[str, nn.Parameter]:
         from sla_compile.passes.rewrite import added_parameters
 
         return added_parameters(model)
-    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinearAttention)]
-    return {f"{prefix}.{name}": p for prefix, module in modules for name, p in module.named_parameters()}
+    modules = added_modules(model)
+    return {f"{prefix}.{name}": p for prefix, module in modules.items() for name, p in module.named_parameters()}
+
+
+def added_modules(model: nn.Module) -> dict[str, SparseLinearAttention]:
+    """What accelerate added, by the name under which its owner has it; where peft trains a copy of it, with
+    ``modules_to_save=["sla"]``, the one that runs."""
+    found: dict[str, SparseLinearAttention] = {}
+    idle: set[Any] = set()
+    for name, module in model.named_modules():
+        wrapped: Any = module._modules
+        if isinstance(wrapped.get("original_module"), SparseLinearAttention):
+            copies = wrapped["modules_to_save"]._modules
+            active = () if module.disable_adapters else module.active_adapters
+            found[name] = next((copies[each] for each in active if each in copies), wrapped["original_module"])
+            idle |= {wrapped["original_module"], *copies.values()}
+        elif isinstance(module, SparseLinearAttention) and module not in idle:
+            found[name] = module
+    return found
 
 
 def restore(model: nn.Module) -> nn.Module:

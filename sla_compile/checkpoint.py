@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sla_compile.api import Choice, accelerate_module, by_plain_name, unwrapped
+from sla_compile.api import Choice, accelerate_module, added_modules, by_plain_name, unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.module import SparseLinearAttention
 from sla_compile.passes.sites import plain_name
@@ -194,9 +194,7 @@ def _mismatch(path: Any, header: dict, model: nn.Module, what: str) -> str:
 
 def _owners(model: nn.Module) -> dict[str, SparseLinearAttention]:
     return {
-        plain_name(name).removesuffix(CHILD).removesuffix("."): module
-        for name, module in model.named_modules()
-        if isinstance(module, SparseLinearAttention)
+        plain_name(name).removesuffix(CHILD).removesuffix("."): module for name, module in added_modules(model).items()
     }
 
 

@@ -187,6 +187,29 @@ def test_lora(when):
     assert any("lora" in name for name in trained) and sum(".sla." in name for name in trained) == 4
 
 
+def test_added_parameters_that_peft_trains_and_saves(tmp_path, expected):
+    """It trains a copy of each and keeps the original."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["sla"])
+    model = peft.get_peft_model(accelerated(), config)
+    assert torch.equal(run(model), expected)
+    assert all(p.requires_grad for p in sla_compile.parameters(model)) and len(sla_compile.parameters(model)) == 4
+    for parameter in sla_compile.parameters(model):
+        parameter.data.mul_(2)
+    trained = run(model)  # LoRA begins with zeros
+    assert not torch.equal(trained, expected)
+    sla_compile.save(model, tmp_path / "sla.safetensors")
+    again = peft.get_peft_model(accelerated(trained=False), config)
+    for other in (build(), again):
+        sla_compile.load(other, tmp_path / "sla.safetensors")
+        assert torch.equal(run(other), trained)
+    with again.disable_adapter():
+        sla_compile.save(again, tmp_path / "originals.safetensors")
+    untrained = sla_compile.load(build(), tmp_path / "originals.safetensors")
+    assert not any(p.any() for p in sla_compile.parameters(untrained))
+
+
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # about the model's own output
 def test_sharded_parameters_are_saved_and_loaded(one_rank, tmp_path, expected):
     from torch.distributed.fsdp import fully_shard
