@@ -17,7 +17,7 @@ from sla_compile.module import SparseLinearAttention
 from sla_compile.passes.eligibility import why_dense
 from sla_compile.passes.sites import Call, Site
 from sla_compile.redirect import CHILD, Redirection, second_attended
-from sla_compile.structure import Owner, find_owners
+from sla_compile.structure import BYPASSED, Owner, find_owners
 
 CROSS = "cross-attention: keys and values stem from a second sequence"
 _PARAMETER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -135,6 +135,7 @@ def _decide_by_calls(
 ) -> list[Decision]:
     modules = dict(model.named_modules())
     seconds = {owner.name: _second_argument(owner) for owner in owners}
+    bypassed = {owner.name for owner in owners if owner.why == BYPASSED}  # by what the run's own hooks switch off
     by_owner: dict[str, list[AttentionCall]] = {}
     for call in calls:
         by_owner.setdefault(call.owner, []).append(call)
@@ -146,7 +147,7 @@ def _decide_by_calls(
         second = seconds.get(name)
         if any(second_attended(second, call.query, *call.given) for call in qualifying):
             second = None  # the run knows better: it takes part in self-attention
-        conflict = "" if isinstance(wish, str) else _conflict(qualifying, wish)
+        conflict = "" if isinstance(wish, str) else BYPASSED if name in bypassed else _conflict(qualifying, wish)
         if qualifying and any(
             reason == CROSS and not second_attended(second, call.query, *call.given)
             for call, reason in zip(made, reasons, strict=True)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from sla_compile.source import ATTENTION, concatenates, names_used, passes
@@ -23,6 +24,10 @@ _SECOND = re.compile(
 _NO_SEQUENCE = re.compile(r"mask|emb|rope|rotary|freq|pos|cache|len|ids|scale|shape|size|kwargs")
 _INDIRECT = {"getattr", "children", "named_children", "modules", "named_modules", "get_submodule", "_modules"}
 _CROSS = re.compile(r"cross", re.IGNORECASE)
+BYPASSED = (
+    "nn.TransformerEncoderLayer may bypass its attention by a fused path; call "
+    "torch.backends.mha.set_fastpath_enabled(False) before accelerate, and wherever the model runs"
+)
 _OTHER_ATTENTION = {"softmax", "multi_head_attention_forward", "get_attention_scores", "flex_attention"}
 
 
@@ -90,8 +95,12 @@ def _verdict(
         if _CROSS.search(text):
             return "dense", f"cross-attention: named {text}"
     if isinstance(module, nn.MultiheadAttention):
-        if ancestors and isinstance(ancestors[0], nn.TransformerEncoderLayer):
-            return "dense", "nn.TransformerEncoderLayer may bypass its attention by a fused path"
+        if (
+            ancestors
+            and isinstance(ancestors[0], nn.TransformerEncoderLayer)
+            and torch.backends.mha.get_fastpath_enabled()
+        ):
+            return "dense", BYPASSED
         return "self", "decided per call: query, key and value are one tensor"
     caller = module if processor is None else processor
     calls = names_used(caller)

@@ -595,6 +595,26 @@ def test_multi_head_attention_module(padding):
         torch.testing.assert_close(compiled, sparse, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("examples", [False, True])
+def test_an_encoder_of_torch_that_may_bypass_its_attention(examples):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), make_inputs()[0]
+    arguments = dict(config=CONFIG, example_inputs=(x,) if examples else None)
+    with pytest.raises(ValueError, match="may bypass its attention by a fused path; call torch.backends.mha.set_fast"):
+        sla_compile.accelerate(model, **arguments)
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            expected = model(x)
+            sla_compile.accelerate(model, **arguments)
+            assert not torch.allclose(model(x), expected, rtol=1e-3, atol=1e-3)
+        assert names(sla_compile.report(model)) == ["layers.0.self_attn", "layers.1.self_attn"]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 def test_an_owner_that_computes_otherwise_is_named():
     class Cached(SelfAttention):
         def forward(self, x, mask=None):
