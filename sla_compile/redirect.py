@@ -118,6 +118,7 @@ class _AttentionMode(TorchFunctionMode):
         if not (torch.compiler.is_compiling() or (sla is not None and sla.dense)):
             self.note(tuple(query.shape), key.shape[-2], reason)
         if sla is not None and reason is None:
+            _check_head_dim(sla, query, self.redirection)
             if sla.alpha_logit is not None:
                 _check_alpha(sla, sla.alpha_logit, query, self.redirection)
             output = sla(query, key, value, attn_mask, scale, enable_gqa)
@@ -137,6 +138,15 @@ def _has_own_backward() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _check_head_dim(sla: SparseLinearAttention, query: Tensor, redirection: Redirection) -> None:
+    if query.shape[-1] != sla.head_dim and (sla.config.has_projection or sla.config.has_alpha):
+        raise ValueError(
+            f"{redirection.name or 'the model'}: its parameters are for head dimension {sla.head_dim}, as declared or "
+            f"seen when it was accelerated, but it attends with {query.shape[-1]}; pass example_inputs to accelerate, "
+            "or exclude it"
+        )
 
 
 def _check_alpha(sla: SparseLinearAttention, logit: Tensor, query: Tensor, redirection: Redirection) -> None:

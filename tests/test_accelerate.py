@@ -615,6 +615,19 @@ def test_an_encoder_of_torch_that_may_bypass_its_attention(examples):
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
+def test_a_head_dimension_that_is_declared_wrongly_is_named():
+    def make():
+        model = nn.Sequential(SelfAttention())
+        model[0].head_dim = 8
+        return model
+
+    x, model = make_inputs()[0], sla_compile.accelerate(make(), config=CONFIG)
+    with pytest.raises(ValueError, match="0: its parameters are for head dimension 8, .* 16; pass example_inputs"):
+        model(x)
+    assert sla_compile.accelerate(make(), config=CONFIG, example_inputs=(x,))(x).shape == x.shape
+    sla_compile.accelerate(make(), config=CONFIG.replace(linear="none"))(x)  # needs none
+
+
 def test_an_owner_that_computes_otherwise_is_named():
     class Cached(SelfAttention):
         def forward(self, x, mask=None):
