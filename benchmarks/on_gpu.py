@@ -278,6 +278,7 @@ def kernels(session: Session) -> None:
                     taken = f"{times[kernel]:.3g} ms" if kernel in times else "under another name"
                     floor = f", roofline {floors[kernel]:.3g}" if kernel in floors else ""
                     session.summary.append(f"    {kernel[:60]} {taken}{floor}")
+                session.write()  # as in attention
 
 
 def kernel_times(call: Callable[[], object], device: torch.device, repeats: int) -> dict[str, float]:
@@ -312,6 +313,7 @@ def sweep(session: Session) -> None:
         rows += bench.measure(shape, found, grad, session.repeats, True, session.console)
         session.results["sweep"] = [dataclasses.asdict(row) for row in rows]
         session.keep("sweep", rows, {"sweep": rows})
+        session.write()
     for config in configs:
         for direction in ("forward", "backward"):
             mine = [row for row in rows if row.name == label(config) and row.direction == direction]

@@ -63,6 +63,25 @@ def test_all_steps_small(tmp_path: Path) -> None:
         assert line in last, last
 
 
+def test_what_was_measured_is_written_before_the_next(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for the script may end it."""
+    measured = iter([{"forward_kernel": 1.0}])
+
+    def kernel_times(*_: object) -> dict[str, float]:
+        for times in measured:
+            return times
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "kernel_times", kernel_times)
+    monkeypatch.setattr(bench, "check", lambda shape, config: None)
+    with pytest.raises(KeyboardInterrupt):
+        script.main([*CPU, str(tmp_path), "--steps", "ceilings", "kernels"])
+    (row,) = json.loads((tmp_path / "results.json").read_text())["kernels"]
+    assert row["direction"] == "forward" and row["ms"] == {"forward_kernel": 1.0}
+
+
 def test_wrong_numbers_are_not_timed(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
