@@ -66,7 +66,7 @@ def query_gradient_kernel(
     value_ptr,
     key_bias_ptr,
     key_mean_ptr,
-    logsumexp_ptr,
+    logsumexp_log2_ptr,
     entries_ptr,
     counts_ptr,
     grad_query_ptr,
@@ -141,7 +141,6 @@ def query_gradient_kernel(
     line = local.to(tl.int64) * query_blocks + block
     entries_ptr += line * key_blocks
     count = tl.load(counts_ptr + line)
-    rows = first + tl.arange(0, TILE_Q)
     scale = tl.cast(scale, tl.float32)
 
     query = load_tile(
@@ -150,10 +149,9 @@ def query_gradient_kernel(
     grad_output = load_tile(
         grad_output_ptr, first, length, stride_grad_token, 0, stride_grad_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
     )  # (TILE_Q, DIMS)
-    delta = tl.load(delta_ptr + local.to(tl.int64) * length + rows, mask=rows < length, other=0.0)
-    logsumexp = tl.load(logsumexp_ptr + head.to(tl.int64) * length + rows, mask=rows < length, other=float("inf"))
-    # A row that no key takes part in has no gradient: with +inf every probability is 0.
-    logsumexp_log2 = tl.where(logsumexp == float("-inf"), float("inf"), logsumexp) * LOG2_E
+    rows = local.to(tl.int64) * (query_blocks * BLOCK_Q) + first + tl.arange(0, TILE_Q)
+    logsumexp_log2 = tl.load(logsumexp_log2_ptr + rows)
+    delta = tl.load(delta_ptr + rows)
     scale_log2 = scale * LOG2_E
     accumulator = tl.zeros([TILE_Q, DIMS], tl.float32)
     row_sums = tl.zeros([TILE_Q], tl.float32)
@@ -198,7 +196,7 @@ def key_step(
     bias_log2,
     grad_output_ptr,
     query_ptr,
-    logsumexp_ptr,
+    logsumexp_log2_ptr,
     delta_ptr,
     stride_grad_token,
     stride_grad_dim,
@@ -221,14 +219,14 @@ def key_step(
     grad_output = load_tile(
         grad_output_ptr, first, length, stride_grad_token, 0, stride_grad_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
     )  # (TILE_Q, DIMS)
-    # Masked, not peeled: a second loop for the ragged last block costs more registers than these masks.
-    logsumexp = tl.load(logsumexp_ptr + rows, mask=rows < length, other=float("inf"))
-    delta = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
-    logsumexp_log2 = tl.where(logsumexp == float("-inf"), float("inf"), logsumexp) * LOG2_E
-    scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2 + bias_log2[:, None]
-    probabilities = tl.exp2(scores - logsumexp_log2[None, :])  # (TILE_K, TILE_Q)
+    logsumexp_log2 = tl.load(logsumexp_log2_ptr + rows)  # not masked, as delta: there are whole blocks of both
+    scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2  # (TILE_K, TILE_Q)
+    if bias_log2 is not None:
+        scores += bias_log2[:, None]
+    probabilities = tl.exp2(scores - logsumexp_log2[None, :])
     grad_value = tl.dot(probabilities.to(query.dtype), grad_output, grad_value, input_precision=PRECISION)
     grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision=PRECISION)
+    delta = tl.load(delta_ptr + rows)
     grad_scores = probabilities * (grad_probabilities - delta[None, :])
     grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
     return grad_key, grad_value
@@ -241,7 +239,7 @@ def key_gradient_kernel(
     key_ptr,
     value_ptr,
     key_bias_ptr,
-    logsumexp_ptr,
+    logsumexp_log2_ptr,
     delta_ptr,
     entries_ptr,
     counts_ptr,
@@ -330,9 +328,8 @@ def key_gradient_kernel(
     )  # (TILE_K, DIMS)
     grad_key = tl.zeros([TILE_K, DIMS], tl.float32)
     grad_value = tl.zeros([TILE_K, DIMS], tl.float32)
-    if key_bias_ptr is None:
-        bias_log2 = tl.zeros([TILE_K], tl.float32)
-    else:
+    bias_log2 = None
+    if key_bias_ptr is not None:
         keys = start + tl.arange(0, TILE_K)
         bias = tl.load(key_bias_ptr + keys.to(tl.int64) * stride_bias_token, mask=keys < length, other=0.0)
         bias_log2 = bias * LOG2_E
@@ -343,16 +340,16 @@ def key_gradient_kernel(
         count = tl.load(counts_ptr + line)
         head_query_ptr = query_ptr + tl.cast(member, tl.int64) * stride_query_head
         head_grad_ptr = grad_output_ptr + tl.cast(member, tl.int64) * stride_grad_head
-        head_logsumexp_ptr = logsumexp_ptr + (first_head + member).to(tl.int64) * length
-        head_delta_ptr = delta_ptr + (local * group + member).to(tl.int64) * length
+        head_rows = (local * group + member).to(tl.int64) * (query_blocks * BLOCK_Q)
         query_block = tl.load(list_ptr, mask=count > 0, other=0)  # NOTE [Prefetch]
         for step in range(0, count * STEPS):
             first = query_block * BLOCK_Q + step % STEPS * TILE_Q
             query_block = tl.load(list_ptr + (step + 1) // STEPS, mask=step + 1 < count * STEPS, other=0)
             grad_key, grad_value = key_step(
-                grad_key, grad_value, key, value, bias_log2, head_grad_ptr, head_query_ptr, head_logsumexp_ptr,
-                head_delta_ptr, stride_grad_token, stride_grad_dim, stride_query_token, stride_query_dim,
-                first, length, scale_log2, HEAD_DIM, DIMS, TILE_Q, PRECISION, WIDE,
+                grad_key, grad_value, key, value, bias_log2, head_grad_ptr, head_query_ptr,
+                logsumexp_log2_ptr + head_rows, delta_ptr + head_rows, stride_grad_token, stride_grad_dim,
+                stride_query_token, stride_query_dim, first, length, scale_log2,
+                HEAD_DIM, DIMS, TILE_Q, PRECISION, WIDE,
             )  # fmt: skip
     grad_key *= scale
     if LINEAR != "none":

@@ -109,8 +109,6 @@ def backward(
     grad_alpha = None
     if alpha is not None:
         grad_alpha = torch.empty_like(alpha, memory_format=torch.contiguous_format)
-        shares = alpha.clamp_min(MIN_ALPHA).log().repeat_interleave(spec.block_q, 2)
-        logsumexp = logsumexp - shares[..., : query.shape[2]]  # NOTE [Alpha]
     grads = transposed_empty(query), transposed_empty(key), transposed_empty(value)
     smoothing = None
     if spec.low_bit != "none":
@@ -318,15 +316,17 @@ class _Call:
 
         chosen = self.plan.query_linear
         tiles = rows * (self.spec.block_q // chosen.tile_q)
-        delta = self.empty(heads, self.query.shape[2])
+        # Whole blocks of rows: the loops over critical blocks read these without a mask.
+        delta, logsumexp_log2 = (self.empty(heads, rows * self.spec.block_q) for _ in range(2))
         grad_states = self.empty(heads, tiles, state, dtype=self.state_dtype) if linear else None
         grad_shares = None if grad_alpha is None else self.empty(heads, rows, self.spec.block_q)
         launch(
             query_linear_kernel,
             heads * tiles,
-            proj_bias_ptr=self.proj_bias, alpha_ptr=self.alpha, output_ptr=output, sums_ptr=self.linear_sums(),
-            grad_query_ptr=grad_query, grad_states_ptr=grad_states, grad_alpha_ptr=grad_shares, delta_ptr=delta,
-            **shared, **strides_of("output", output), **strides_of("gq", grad_query), **self.alpha_strides(),
+            proj_bias_ptr=self.proj_bias, alpha_ptr=self.alpha, output_ptr=output, logsumexp_ptr=logsumexp,
+            sums_ptr=self.linear_sums(), grad_query_ptr=grad_query, grad_states_ptr=grad_states,
+            grad_alpha_ptr=grad_shares, delta_ptr=delta, logsumexp_log2_ptr=logsumexp_log2, **shared,
+            **strides_of("output", output), **strides_of("gq", grad_query), **self.alpha_strides(),
             stride_proj_bias=stride_of(self.proj_bias, 0), epsilon=self.spec.epsilon,
             head_start=self.start * self.group, heads=self.query.shape[1], group=self.group,
             length=self.query.shape[2], query_blocks=rows, HEAD_DIM=self.head_dim, STATE=state,
@@ -371,7 +371,7 @@ class _Call:
         launch(
             query_gradient_kernel,
             heads * rows * (self.spec.block_q // chosen.tile_q),
-            key_ptr=self.key, value_ptr=self.value, key_mean_ptr=smoothing, logsumexp_ptr=logsumexp,
+            key_ptr=self.key, value_ptr=self.value, key_mean_ptr=smoothing, logsumexp_log2_ptr=logsumexp_log2,
             entries_ptr=entries, counts_ptr=counts, grad_query_ptr=grad_query, delta_ptr=delta, **shared,
             **strides_of("key", self.key), **strides_of("value", self.value), **strides_of("gq", grad_query),
             **strides_of("mean", smoothing, "batch", "head", "dim"), head_start=self.start * self.group,
@@ -382,8 +382,8 @@ class _Call:
         launch(
             key_gradient_kernel,
             self.units * columns * (self.spec.block_k // chosen.tile_k),
-            logsumexp_ptr=logsumexp, delta_ptr=delta, entries_ptr=entries, counts_ptr=counts, **shared, **of_keys,
-            head_start=self.start, **self.common(), **chosen.tiles,
+            logsumexp_log2_ptr=logsumexp_log2, delta_ptr=delta, entries_ptr=entries, counts_ptr=counts, **shared,
+            **of_keys, head_start=self.start, **self.common(), **chosen.tiles,
         )  # fmt: skip
         return grad_weights
 

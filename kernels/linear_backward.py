@@ -1,4 +1,4 @@
-"""The linear branch's backward: query side (and every row's delta) and key side, apart from the sparse branch.
+"""The linear branch's backward: query side (and what the sparse branch reads of each row) and key side, apart from it.
 
 They are kernels of their own because their products want registers and shared memory that would halve the number of
 programs a multiprocessor holds in the sparse loops.
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from sla_compile.kernels.tiles import (
+    LOG2_E,
     aligned,
     feature,
     feature_gradient,
@@ -33,11 +34,13 @@ def query_linear_kernel(
     proj_bias_ptr,
     alpha_ptr,
     output_ptr,
+    logsumexp_ptr,
     sums_ptr,
     grad_query_ptr,
     grad_states_ptr,
     grad_alpha_ptr,
     delta_ptr,
+    logsumexp_log2_ptr,
     stride_grad_batch,
     stride_grad_head,
     stride_grad_token,
@@ -78,7 +81,7 @@ def query_linear_kernel(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """delta_s of TILE_Q tokens of one query head, the linear branch's part of their dQ, and dH, dZ.
+    """delta_s and log-sum-exp of TILE_Q tokens of one query head, the linear branch's part of their dQ, and dH, dZ.
 
     With phi = phi(Q), r = 1 / (phi Z) and the projection folded into H (NOTE [State]), per token:
         G = dO H^T        delta_l = r <G, phi>        dphi = r (G - delta_l Z)
@@ -103,6 +106,7 @@ def query_linear_kernel(
     output_ptr += aligned(batch * stride_output_batch + head * stride_output_head, ALIGN)
     grad_query_ptr += aligned(batch * stride_gq_batch + head * stride_gq_head, ALIGN)
     dims = tl.arange(0, DIMS)
+    place = local.to(tl.int64) * (query_blocks * BLOCK_Q) + first
 
     grad_output = load_tile(
         grad_output_ptr, first, length, stride_grad_token, 0, stride_grad_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
@@ -153,8 +157,7 @@ def query_linear_kernel(
             delta = (delta - (1.0 - alpha) * delta_linear) / tl.maximum(alpha, MIN_ALPHA)
             inverse *= 1.0 - alpha
             # Not summed here: Triton 3.7.1 fails on a sum of what comes of tensor memory (sm_100).
-            places = (local.to(tl.int64) * tiles + tile) * TILE_Q + tl.arange(0, TILE_Q)
-            tl.store(grad_alpha_ptr + places, delta - delta_linear)
+            tl.store(grad_alpha_ptr + place + tl.arange(0, TILE_Q), delta - delta_linear)
         grad_phi = (products - delta_linear[:, None] * z[None, :]) * inverse[:, None]
         store_tile(
             grad_query_ptr, feature_gradient(query, phi, grad_phi, FEATURE_MAP), first, length, stride_gq_token, 0,
@@ -175,7 +178,15 @@ def query_linear_kernel(
             tl.store(grad_states_ptr + HEAD_DIM * HEAD_DIM + cols, grad_z.to(dtype), mask=cols < HEAD_DIM)
 
     rows = first + tl.arange(0, TILE_Q)
-    tl.store(delta_ptr + local.to(tl.int64) * length + rows, delta, mask=rows < length)
+    logsumexp = tl.load(
+        logsumexp_ptr + (head_start + local).to(tl.int64) * length + rows, mask=rows < length, other=float("-inf")
+    )
+    # Once for all blocks that read the row. Where no key takes part, and past the last row, probabilities are to be 0.
+    logsumexp_log2 = tl.where(logsumexp == float("-inf"), float("inf"), logsumexp * LOG2_E)
+    if alpha_ptr is not None:
+        logsumexp_log2 -= tl.log2(tl.maximum(alpha, MIN_ALPHA))  # NOTE [Alpha]
+    tl.store(delta_ptr + place + tl.arange(0, TILE_Q), delta)
+    tl.store(logsumexp_log2_ptr + place + tl.arange(0, TILE_Q), logsumexp_log2)
 
 
 @triton.jit(do_not_specialize=["head_start", "heads", "length", "key_blocks"])
