@@ -269,6 +269,7 @@ class _Edit:
             function = operator.mul if name == "mul" else operator.truediv
             scale = self.graph.call_function(function, (1.0 if scale is None else scale, self.map[factor]))
             self._describe(scale, output)
+            self.note(scale, self._result(scale))
         return scale
 
     def _operand(self, operand: Operand, output: fx.Node) -> fx.Node:

@@ -58,17 +58,21 @@ class Scale:
     number: float
     nodes: list[tuple[str, fx.Node]] = field(default_factory=list)
 
-    def take(self, call: Call, tensor: fx.Node, reader: Reader) -> None:
-        """Takes over the factor of a ``mul`` or ``div`` of `tensor`; raises NoMatch where it is no number."""
+    def take(self, call: Call, tensor: fx.Node, reader: Reader, *, symbolic: bool = False) -> float | None:
+        """Takes over the factor of a ``mul`` or ``div`` of `tensor`, and returns it; raises NoMatch where it is no
+        number. One that is `symbolic` (a size, or a float of the model under ``dynamic=True``) returns None."""
         other = call["other"] if call["input"] is tensor else call["input"]
         if call["rounding_mode"] is not None:
             raise NoMatch("its scores are divided with rounding")
-        if isinstance(other, (int, float)) and math.isfinite(other) and (other or call.name == "mul"):
-            self.number = self.number * other if call.name == "mul" else self.number / other
-        elif isinstance(other, fx.Node) and type(reader.value(other)) in (int, float):
+        value = reader.value(other) if isinstance(other, fx.Node) else other
+        known = isinstance(value, (int, float)) and math.isfinite(value) and (value != 0 or call.name == "mul")
+        if isinstance(other, fx.Node) and (known or (symbolic and isinstance(value, (torch.SymInt, torch.SymFloat)))):
             self.nodes.append((call.name, other))
+        elif known:
+            self.number = self.number * other if call.name == "mul" else self.number / other
         else:
             raise NoMatch("its scores are scaled by a tensor")
+        return (value if call.name == "mul" else 1 / value) if known else None
 
 
 @dataclass(eq=False)  # compared by identity: comparing symbolic sizes would install guards

@@ -19,7 +19,7 @@ class Product:
     left_labels: tuple[str, ...]
     right_labels: tuple[str, ...]
     labels: tuple[str, ...]
-    factor: float = 1.0
+    factor: float | fx.Node = 1.0
     added: fx.Node | None = None
 
     @property
@@ -40,7 +40,7 @@ def read_product(node: fx.Node, call: Call, reader: Reader) -> Product | None:
     elif call.name == "baddbmm":
         left, right, factor = call["batch1"], call["batch2"], call["alpha"]
         added = None if call["beta"] == 0 else call["input"]
-        if call["beta"] not in (0, 1) or not isinstance(factor, (int, float)):
+        if call["beta"] not in (0, 1) or not isinstance(factor, (int, float, fx.Node)):
             return None
     else:
         return None

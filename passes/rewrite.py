@@ -161,6 +161,8 @@ def _why_dense(match: Match, config: SLAConfig, may_guard: bool) -> str:
         shapes = [operand.shape for operand in operands]
     elif isinstance(shapes[0][-1], torch.SymInt):
         return "its head dimension is symbolic"
+    elif any(isinstance(reader.value(node), (torch.SymInt, torch.SymFloat)) for _, node in match.scale_nodes):
+        return "its scale is symbolic"  # exports would take the example's
     else:
         reason = _equal_by_chance(shapes[0], shapes[1], shapes[2], mask_shape)
         if reason:

@@ -215,7 +215,8 @@ def _assemble(softmax: fx.Node, call: Call, back: _Scores, front: _Use, reader: 
     shape = reader.shape(back.node)
     assert shape is not None
     frames = [Frame.of_product(product, shape)]
-    scale = Scale(product.factor)
+    factor = product.factor
+    scale = Scale(1.0, [("mul", factor)]) if isinstance(factor, fx.Node) else Scale(factor)
     mask: Mask | None = None
     mask_frame = 0
     if product.added is not None:
@@ -224,7 +225,7 @@ def _assemble(softmax: fx.Node, call: Call, back: _Scores, front: _Use, reader: 
     for node, each in back.steps:
         frames.append(next_frame(frames[-1], previous, node, each, reader))
         if each.name in ("mul", "div"):
-            scale.take(each, previous, reader)
+            scale.take(each, previous, reader, symbolic=True)
         elif each.name in ("add", "masked_fill", "where"):
             found = _read_mask(each, previous, reader)
             if found is not None and mask is not None:

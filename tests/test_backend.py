@@ -90,6 +90,32 @@ def test_every_size_dynamic():
     assert [site.head_dim for (site,) in backend.reports()] == [16, 32]
 
 
+class Scaled(Model):
+    """Its scale is a float of the module, which dynamic=True makes an input of the graph."""
+
+    def __init__(self, alpha):
+        super().__init__(self.alpha if alpha else self.factor)
+        self.scale = 0.3
+
+    def factor(self, q, k, v):
+        return (q @ k.mT * self.scale).softmax(-1) @ v
+
+    def alpha(self, q, k, v):
+        shape, (q, k, v) = q.shape, (t.flatten(0, 1) for t in (q, k, v))
+        empty = torch.empty(q.shape[0], q.shape[1], q.shape[1])
+        return torch.bmm(torch.baddbmm(empty, q, k.mT, beta=0, alpha=self.scale).softmax(-1), v).view(shape)
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_scale_that_is_symbolic(alpha):
+    torch.manual_seed(0)
+    model, x = Scaled(alpha), inputs()
+    step = torch.compile(model, backend=backend.sla, dynamic=True, options={**OPTIONS, "inner": "aot_eager"})
+    wanted = x + expected(model.block.attn, x, None, None, scale=0.3, config=NONE)
+    torch.testing.assert_close(step(x), wanted)
+    assert all(site.rewritten for sites in backend.reports() for site in sites)
+
+
 def test_a_length_below_the_minimum_compiles_anew_and_stays_dense():
     model = Model(SPELLINGS["sdpa"])
     step = compiled(model, min_seq_len=128)
