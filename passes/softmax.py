@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from sla_compile.passes.layout import (
@@ -36,6 +37,9 @@ from sla_compile.passes.products import Product, read_product
 
 _KEPT = RESHAPES | CASTS | PERMUTES
 """What scores and probabilities may pass through as they are."""
+
+_HIDDEN = -1e4
+"""From here on a score takes its key out."""
 
 
 @dataclass
@@ -219,19 +223,23 @@ def _assemble(softmax: fx.Node, call: Call, back: _Scores, front: _Use, reader: 
     scale = Scale(1.0, [("mul", factor)]) if isinstance(factor, fx.Node) else Scale(factor)
     mask: Mask | None = None
     mask_frame = 0
+    fill: float | None = None
     if product.added is not None:
         mask = shared_mask(product.added, False, reader)
     previous = back.node
     for node, each in back.steps:
         frames.append(next_frame(frames[-1], previous, node, each, reader))
         if each.name in ("mul", "div"):
-            scale.take(each, previous, reader, symbolic=True)
+            by = scale.take(each, previous, reader, symbolic=True)
+            fill = None if fill is None or by is None else fill * by
+            if mask is not None and (fill is None or fill > _HIDDEN):  # what is filled in may hide keys all the same
+                raise NoMatch("its mask is scaled together with its scores")
         elif each.name in ("add", "masked_fill", "where"):
             found = _read_mask(each, previous, reader)
             if found is not None and mask is not None:
                 raise NoMatch("its scores have more than one mask")
             if found is not None:
-                mask, mask_frame = found, len(frames) - 1
+                (mask, fill), mask_frame = found, len(frames) - 1
         previous = node
     roles = _roles(frames[-1], call, product)
     for frame in frames:
@@ -303,13 +311,18 @@ def _value(
     return value, without_identities([*regroup(target, end), ("permute", order)])
 
 
-def _read_mask(call: Call, scores: fx.Node, reader: Reader) -> Mask | None:
-    """The mask of an add, masked_fill or where; None where a constant is added, which softmax does not see."""
+def _read_mask(call: Call, scores: fx.Node, reader: Reader) -> tuple[Mask, float | None] | None:
+    """The mask of an add, masked_fill or where, and what it fills in, None where it is added; None for both where a
+    constant is added, which softmax does not see."""
     if call.name == "add":
         other = call["other"] if call["input"] is scores else call["input"]
         if call["alpha"] not in (None, 1):
             raise NoMatch("its mask is scaled while it is added")
-        return shared_mask(other, False, reader) if isinstance(other, fx.Node) else None
+        if not isinstance(other, fx.Node) or reader.shape(other) is None:  # a number
+            return None
+        if getattr(reader.value(other), "dtype", None) == torch.bool:
+            raise NoMatch("its mask is boolean and added, which adds ones")
+        return shared_mask(other, False, reader), None
     if call.name == "masked_fill":
         fill, condition, hides = call["value"], call["mask"], True
     elif call["input"] is scores:
@@ -318,9 +331,9 @@ def _read_mask(call: Call, scores: fx.Node, reader: Reader) -> Mask | None:
         fill, condition, hides = call["input"], call["condition"], True
     if isinstance(fill, fx.Node):
         fill = _constant(fill, reader)
-    if not isinstance(fill, (int, float)) or fill > -1e4:
+    if not isinstance(fill, (int, float)) or fill > _HIDDEN:
         raise NoMatch("its mask fills in something else than a very negative number")
-    return shared_mask(condition, hides, reader)
+    return shared_mask(condition, hides, reader), float(fill)
 
 
 def _constant(node: fx.Node, reader: Reader) -> Any:

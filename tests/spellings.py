@@ -110,6 +110,10 @@ def masked_where(q, k, v, keep):
     return torch.where(keep[:, None, None, :], (q @ k.mT) * 0.3, float("-inf")).softmax(-1) @ v
 
 
+def masked_then_scaled(q, k, v, keep):
+    return ((q @ k.mT).masked_fill(~keep[:, None, None, :], float("-inf")) * 0.3).softmax(-1) @ v
+
+
 def masked_baddbmm(q, k, v, keep):
     batch, heads, length, dim = q.shape
     bias = torch.zeros(keep.shape, dtype=q.dtype).masked_fill(~keep, float("-inf"))
@@ -118,7 +122,9 @@ def masked_baddbmm(q, k, v, keep):
     return torch.bmm(torch.baddbmm(bias, q * 0.3, k.transpose(1, 2)).softmax(-1), v).view(batch, heads, length, dim)
 
 
-MASKED = {f.__name__: f for f in (masked_sdpa, masked_fill, masked_add, masked_where, masked_baddbmm)}
+MASKED = {f.__name__: f for f in (
+    masked_sdpa, masked_fill, masked_add, masked_where, masked_then_scaled, masked_baddbmm,
+)}  # fmt: skip
 
 
 class Attention(nn.Module):

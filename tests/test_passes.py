@@ -405,6 +405,18 @@ def weak_mask(q, k, v):
     return (q @ k.mT).masked_fill(k.sum(-1)[:, :, None] > 3, -5.0).softmax(-1) @ v
 
 
+def weakened_mask(q, k, v):
+    return ((q @ k.mT).masked_fill(k.sum(-1)[:, :, None] > 3, -1e9) * 1e-9).softmax(-1) @ v
+
+
+def scaled_bias(q, k, v):
+    return ((q @ k.mT + k.detach().sum(-1)[:, :1, None]) * 0.3).softmax(-1) @ v
+
+
+def boolean_added(q, k, v):
+    return (q @ k.mT + (k.sum(-1)[:, :1, None] > 3)).softmax(-1) @ v
+
+
 def mutated_operand(q, k, v):
     k = k.clone()
     scores = q @ k.mT
@@ -438,6 +450,9 @@ def wider_values(q, k, v):
         (written_causal, "not a key-padding mask"),
         (two_masks, "more than one mask"),
         (weak_mask, "something else than a very negative number"),
+        (weakened_mask, "mask is scaled together with its scores"),
+        (scaled_bias, "mask is scaled together with its scores"),
+        (boolean_added, "boolean and added"),
         (mutated_operand, "in-place operation, mul_, lies between"),
         (over_queries, "does not sum over the keys"),
         (fewer_keys, "as many keys as queries"),
