@@ -46,6 +46,8 @@ CASTS = frozenset("to _to_copy float half bfloat16 double type type_as convert_e
 
 PERMUTES = frozenset("transpose permute t mT adjoint mH".split())
 
+VIEWS = RESHAPES | PERMUTES | frozenset("getitem select slice narrow chunk split unbind".split())
+
 _IN_PLACE_OPERATORS = frozenset(
     getattr(operator, name) for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__")
 ) - {operator.index, operator.inv, operator.invert}

@@ -26,8 +26,8 @@ from sla_compile.passes.edit import Edits, can_pass_operands
 from sla_compile.passes.eligibility import DTYPES, is_key_padding_mask, why_dense
 from sla_compile.passes.find import Match, find_attention, owner
 from sla_compile.passes.layout import Operand
-from sla_compile.passes.nodes import hint, same
-from sla_compile.passes.scopes import scopes
+from sla_compile.passes.nodes import VIEWS, hint, same
+from sla_compile.passes.scopes import Scope, scopes
 from sla_compile.passes.shapes import propagate
 from sla_compile.passes.sites import Site
 
@@ -172,6 +172,8 @@ def _why_dense(match: Match, config: SLAConfig, may_guard: bool) -> str:
     query, key, value = (_Described(shape, value) for shape, value in zip(shapes, values, strict=True))
     mask = None if mask_value is None else _Described(mask_shape, mask_value)
     if match.mask is not None:
+        if not may_guard and _is_input(match.mask.node, match.scope):
+            mask.expanded = False  # type: ignore[union-attr]  # another call may give one that is written out
         match.mask.written_out = not is_key_padding_mask(mask, query)  # type: ignore[arg-type]
     flags = (match.dropout_p, match.is_causal, match.enable_gqa, config)
     return why_dense(query, key, value, mask, *flags) or ""  # type: ignore[arg-type]
@@ -195,16 +197,38 @@ class _Described:
             tensor.requires_grad,
         )
         self.is_nested = tensor.is_nested
+        self.expanded = True
         self._strides = tensor.stride()
 
     def dim(self) -> int:
         return len(self.shape)
 
     def stride(self, dim: int) -> int:
-        return self._strides[dim]
+        return self._strides[dim] if self.expanded else max(self._strides[dim], 1)
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
+
+
+def _is_input(node: torch.fx.Node, scope: Scope) -> bool:
+    """Whether a tensor is an input of the whole graph or a view of one: its strides are those of the example alone."""
+    while True:
+        if node.op == "placeholder":
+            if not scope.callers:
+                return True
+            caller, inputs = scope.callers[0], [each for each in scope.nodes if each.op == "placeholder"]
+            passed = None if caller.operands is None else caller.operands[inputs.index(node)]
+            if not isinstance(passed, torch.fx.Node):
+                return True
+            node, scope = passed, caller.scope
+            continue
+        call = scope.reader.call(node)
+        if call is None or call.name not in VIEWS or not isinstance(call["input"], torch.fx.Node):
+            return False
+        node = call["input"]
+        shape = scope.reader.shape(node)
+        if call.name == "expand" and shape is not None and all(size == 1 for size in shape[-3:-1]):
+            return False
 
 
 def _equal_by_chance(query: tuple, key: tuple, value: tuple, mask: tuple) -> str:

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sla_compile.passes.nodes import PERMUTES, RESHAPES, mutates
+from sla_compile.passes.nodes import VIEWS, mutates
 from sla_compile.passes.scopes import Caller, Scope
-
-_VIEWS = RESHAPES | PERMUTES | frozenset("getitem select slice narrow chunk split unbind".split())
 
 
 class Sources:
@@ -140,7 +138,7 @@ def _written(scope: Scope, node: fx.Node) -> list[fx.Node]:
     while isinstance(target, fx.Node):
         found.append(target)
         call = scope.reader.call(target)
-        target = target.args[0] if call is not None and call.name in _VIEWS and target.args else None
+        target = target.args[0] if call is not None and call.name in VIEWS and target.args else None
     return found
 
 

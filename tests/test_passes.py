@@ -275,6 +275,27 @@ def test_padding_masks_written_out_for_queries(additive, flat):
         model(q, keep.expand(*keep.shape[:-2], LENGTH, LENGTH).tril(), additive)
 
 
+@pytest.mark.parametrize("within", [False, True], ids=["input", "expanded within"])
+def test_an_input_that_is_an_expanded_mask_may_be_another_at_the_next_call(within):
+    class Masked(nn.Module):
+        def forward(self, q, keep):
+            keep = keep[..., :1, :].expand(2, 1, LENGTH + 5, LENGTH)[:, :, 5:] if within else keep[:, :]
+            return F.scaled_dot_product_attention(q, q * 2, q, attn_mask=keep)
+
+    q, keep = torch.randn(2, 4, LENGTH, 16), valid()[:, None, None].expand(2, 1, LENGTH, LENGTH)
+    graph = torch.export.export(Masked(), (q, keep)).module()
+    (site,) = accelerate_graph(graph, lambda name: CONFIG.replace(linear="none"), allow_no_match=True)
+    assert site.rewritten is within
+    graph = torch.export.export(Masked(), (q, keep)).module()
+    config = CONFIG.replace(linear="none", padding_masks=True)
+    accelerate_graph(graph, lambda name: config)
+    wanted = sla_compile.sparse_linear_attention(q, q * 2, q, config=config, key_padding_mask=keep[:, :, :1])
+    torch.testing.assert_close(graph(q, keep.contiguous()), wanted)
+    if not within:
+        with pytest.raises(RuntimeError, match="hides other keys from other queries"):
+            graph(q, keep.tril())
+
+
 def test_choices_by_owner():
     graph = captured(Twice(), inputs())
     sites = accelerate_graph(graph, lambda name: "excluded" if name == "second" else CONFIG.replace(sparsity=0.9))
