@@ -150,6 +150,8 @@ def _why_dense(match: Match, config: SLAConfig, may_guard: bool) -> str:
         )
     if any(map(_is_transformed, (*values, mask_value))):
         return "under a transform of torch.func, where graphs are not rewritten"
+    if may_guard and torch.is_grad_enabled() and any(scope.operation == "scan" for scope in match.scope.chain()):
+        return "inside a scan, which takes no gradients of it; without gradients it would be rewritten"
     shapes = [operand.shape or tuple(value.shape) for operand, value in zip(operands, values, strict=True)]
     mask_shape = () if match.mask is None else match.mask.shape
     sizes = [size for shape in (*shapes, mask_shape) for size in shape]

@@ -15,7 +15,8 @@ from sla_compile.passes.nodes import Reader
 
 @dataclass(eq=False)
 class Caller:
-    """A node that calls a graph, and what it passes for each placeholder: None where that is not known."""
+    """A node that calls a graph, and what it passes for each placeholder: None where that is not known, for one of them
+    or for all."""
 
     scope: Scope
     node: fx.Node
@@ -127,10 +128,13 @@ def _called(scope: Scope, node: fx.Node, value: Callable[[fx.Node], Any]) -> lis
 def _operands(node: fx.Node, last: int, count: int) -> list[Any] | None:
     """The caller's arguments for the `count` placeholders of a body whose own argument is number `last`."""
     rest = list(node.args[last + 1 :])
-    if getattr(node.target, "__name__", "") == "invoke_subgraph":
+    name = getattr(node.target, "__name__", "")
+    if name == "invoke_subgraph":
         rest = rest[1:]  # an identifier
-    if len(rest) == 1 and isinstance(rest[0], (tuple, list)):
-        rest = list(rest[0])
+    if name in ("while_loop", "scan") and rest and isinstance(rest[0], (tuple, list)):
+        rest[0] = [None] * len(rest[0])  # what the step before returned
+    if rest and all(isinstance(each, (tuple, list)) for each in rest):
+        rest = [operand for each in rest for operand in each]
     return rest if len(rest) == count else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class Sources:
             self._inputs |= bit
         return bit
 
-    def _walk(self, scope: Scope, operands: list[int] | None) -> list[int] | int | None:
+    def _walk(self, scope: Scope, operands: Sequence[int | None] | None) -> list[int] | int | None:
         """Follows one call of a graph; returns its outputs' sources, None where there is no telling them apart."""
         bits: dict[fx.Node, int] = {}
         outputs: dict[fx.Node, list[int]] = {}
@@ -142,10 +143,10 @@ def _written(scope: Scope, node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _passed(caller: Caller, bits: dict[fx.Node, int]) -> list[int] | None:
+def _passed(caller: Caller, bits: dict[fx.Node, int]) -> list[int | None] | None:
     if caller.operands is None:
         return None
-    return [bits[operand] if isinstance(operand, fx.Node) else 0 for operand in caller.operands]
+    return [bits[each] if isinstance(each, fx.Node) else None if each is None else 0 for each in caller.operands]
 
 
 def _merged(called: list[list[int] | int | None]) -> list[int] | int | None:

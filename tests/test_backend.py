@@ -116,6 +116,40 @@ def test_a_scale_that_is_symbolic(alpha):
     assert all(site.rewritten for sites in backend.reports() for site in sites)
 
 
+def scanned(x):
+    def step(x, bias):
+        x = (x @ x.mT * 0.3).softmax(-1) @ x + bias
+        return x, x.clone()
+
+    return torch._higher_order_ops.scan(step, x, torch.zeros(3, *x.shape))[0]
+
+
+def looped(x):
+    def step(n, x):
+        return n + 1, (x @ x.mT * 0.3).softmax(-1) @ x
+
+    return torch._higher_order_ops.while_loop(lambda n, x: n < 3, step, (torch.tensor(0), x))[1]
+
+
+@pytest.mark.parametrize("attend", [looped, scanned])
+def test_attention_in_loops(attend):
+    x = torch.randn(2, 2, 130, 16)
+    wanted = x
+    for _ in range(3):
+        wanted = sla_compile.sparse_linear_attention(wanted, wanted, wanted, scale=0.3, config=NONE)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(attend)(x), wanted)
+    ((site,),) = backend.reports()
+    assert site.rewritten
+
+
+def test_attention_in_a_scan_that_trains_stays_dense():
+    x = torch.randn(2, 2, 130, 16, requires_grad=True)
+    torch.testing.assert_close(compiled(scanned)(x), scanned(x))
+    assert [site.rewritten for (site,) in backend.reports()] == [False]
+    assert "inside a scan" in backend.reports()[0][0].reason
+
+
 def test_a_length_below_the_minimum_compiles_anew_and_stays_dense():
     model = Model(SPELLINGS["sdpa"])
     step = compiled(model, min_seq_len=128)
