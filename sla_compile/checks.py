@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -183,7 +184,9 @@ def _called(what: str, spec: str) -> Any:
     except UsageError:
         raise
     except (Exception, SystemExit) as error:
-        raise UsageError(f"{what} {spec}: importing {place} failed: {_told(error)}") from None
+        lone = place.endswith(".py") and "no known parent package" in str(error)
+        hint = "; name a file of a package by its module, as my.module:function" if lone else ""
+        raise UsageError(f"{what} {spec}: importing {place} failed: {_told(error)}{hint}") from None
     for part in name.split("."):
         if not hasattr(value, part):
             raise UsageError(f"{what} {spec}: {place} has no {name}")
@@ -202,7 +205,8 @@ def _module(place: str) -> Any:
     path = Path(place)
     if not path.is_file():
         raise UsageError(f"there is no file {place}")
-    name = f"sla_compile_inspected_{path.stem}"
+    path = path.resolve()
+    name = f"sla_compile_inspected_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:  # the same file for build and inputs
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -84,8 +84,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delenv("CI", raising=False)
-    for name in ("dit", "sla_compile_inspected_dit"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delitem(sys.modules, "dit", raising=False)
 
     def run(line):
         try:
@@ -104,6 +103,13 @@ def test_inspect_prints_a_table(run, place):
     assert (code, err) == (0, "")
     assert "TinyDiT: 2 of 4 attentions rewritten" in out and "blocks.1.text" in out and "cross-attention" in out
     assert "(1, 2, 200, 16)" in out and "% saved" in out
+
+
+def test_files_of_one_name_are_different_files(run, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "dit.py").write_text("import torch\ninputs = torch.zeros(1, 77, 32), torch.zeros(1, 9, 32)\n")
+    code, out, _ = run("inspect dit.py:build --inputs other/dit.py:inputs --min-seq-len 64")
+    assert code == 0 and "(1, 2, 77, 16)" in out
 
 
 def test_inspect_prints_json(run, tmp_path):
@@ -174,6 +180,7 @@ def test_check(run, tmp_path):
         ("nowhere:build", "importing nowhere failed: ModuleNotFoundError: No module named 'nowhere'"),
         ("nowhere.py:build", "there is no file nowhere.py"),
         ("broken.py:build", "importing broken.py failed: SyntaxError"),
+        ("alone.py:build", "alone.py:1); name a file of a package by its module, as my.module:function"),
         ("dit:nothing", "dit has no nothing"),
         ("dit:fails", "failed: RuntimeError: weights are gone ("),
         ("dit:leaves", "failed: SystemExit: 3"),
@@ -195,6 +202,7 @@ def test_check(run, tmp_path):
 @pytest.mark.parametrize("command", ["inspect", "check"])
 def test_mistakes_are_told_without_traceback(run, tmp_path, command, line, told):
     (tmp_path / "broken.py").write_text("def build(:\n")
+    (tmp_path / "alone.py").write_text("from .dit import build\n")
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "unknown.json").write_text('{"speed": 9}')
     code, _, err = run(f"{command} {line}")
