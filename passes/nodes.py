@@ -90,8 +90,15 @@ class Reader:
         if not isinstance(node, fx.Node):
             return None
         if node not in self._calls:
-            self._calls[node] = self._read(node)
+            self._calls[node] = self._floating(node, self._read(node))
         return self._calls[node]
+
+    def _floating(self, node: fx.Node, call: Call | None) -> Call | None:
+        """The call, by another name where it casts to integers: that cuts values off, and none of CASTS does."""
+        value = self.value(node)
+        if call is None or call.name not in CASTS or not isinstance(value, Tensor) or value.is_floating_point():
+            return call
+        return Call(f"a cast to {value.dtype}", call.arguments)
 
     def _read(self, node: fx.Node) -> Call | None:
         if node.op == "call_module":

@@ -296,6 +296,17 @@ def test_an_input_that_is_an_expanded_mask_may_be_another_at_the_next_call(withi
             graph(q, keep.tril())
 
 
+def test_a_scale_before_a_cast_to_integers_stays_there():
+    def quantized(q, k, v):
+        return ((q * 8).to(torch.int8).to(q.dtype) @ k.mT * 0.05).softmax(-1) @ v
+
+    model, x = Model(quantized), inputs()
+    graph = torch.export.export(model, (x,)).module()
+    (site,) = accelerate_graph(graph, lambda name: CONFIG.replace(linear="none", critical_blocks=9))
+    assert site.rewritten
+    torch.testing.assert_close(graph(x), model(x))
+
+
 def test_choices_by_owner():
     graph = captured(Twice(), inputs())
     sites = accelerate_graph(graph, lambda name: "excluded" if name == "second" else CONFIG.replace(sparsity=0.9))
@@ -400,6 +411,10 @@ def softcapped(q, k, v):
     return (torch.tanh(q @ k.mT) * 5).softmax(-1) @ v
 
 
+def integer_scores(q, k, v):
+    return (q @ k.mT * 8).to(torch.int32).to(q.dtype).softmax(-1) @ v
+
+
 def active_dropout(q, k, v):
     return F.dropout((q @ k.mT).softmax(-1), 0.1) @ v
 
@@ -465,6 +480,7 @@ def wider_values(q, k, v):
         (scores_used, "scores are used elsewhere"),
         (tensor_scale, "scaled by a tensor"),
         (softcapped, "pass through tanh"),
+        (integer_scores, "pass through a cast to torch.int32"),
         (active_dropout, "dropout is active"),
         (sdpa_dropout, "dropout is active"),
         (causal, "causal"),
