@@ -123,7 +123,7 @@ def tests(session: Session) -> None:
     Nothing else looks at the latter: before a measurement, results are compared over the blocks that they chose.
     """
     files = ["tests/test_triton_kernels.py", "tests/test_routing_kernels.py"]
-    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "-o", "minversion=8"]
     # A warning of a library must not cost the one chance to see the kernels' errors.
     command += ["-W", "default", "--tb=line"]
     if session.small:

@@ -127,7 +127,7 @@ def _called(scope: Scope, node: fx.Node, value: Callable[[fx.Node], Any]) -> lis
 
 def _operands(node: fx.Node, last: int, count: int) -> list[Any] | None:
     """The caller's arguments for the `count` placeholders of a body whose own argument is number `last`."""
-    rest = list(node.args[last + 1 :])
+    rest: list[Any] = list(node.args[last + 1 :])
     name = getattr(node.target, "__name__", "")
     if name == "invoke_subgraph":
         rest = rest[1:]  # an identifier

@@ -289,7 +289,7 @@ class _Observer(TorchFunctionMode):
             tensors = (split(query), split(key), split(value))
         plain = query is key and key is value and not kwargs.get("need_weights", True)
         mask = kwargs.get("attn_mask")
-        owner, _, given = self.scopes[-1]
+        owner, _number, given = self.scopes[-1]
         self.calls.append(
             AttentionCall(owner, *tensors, mask, 0.0, kwargs.get("is_causal", False), False, plain, given)
         )
