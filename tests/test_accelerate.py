@@ -123,16 +123,18 @@ def test_report_shows_shapes_after_a_run():
     )
 
 
+class Both(SelfAttention):
+    """Attends to its own tokens and to others."""
+
+    def forward(self, x, context):
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        other = self.proj(context).unflatten(-1, (2, -1)).transpose(1, 2)
+        own = F.scaled_dot_product_attention(query, key, value)
+        return (own + F.scaled_dot_product_attention(query, other, other)).transpose(1, 2).flatten(2)
+
+
 def test_the_calls_of_one_owner_are_told_apart():
-    """An owner that attends to its own tokens and to others: one of its calls stays dense, and nothing hides that."""
-
-    class Both(SelfAttention):
-        def forward(self, x, context):
-            query, key, value = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-            other = self.proj(context).unflatten(-1, (2, -1)).transpose(1, 2)
-            own = F.scaled_dot_product_attention(query, key, value)
-            return (own + F.scaled_dot_product_attention(query, other, other)).transpose(1, 2).flatten(2)
-
+    """One of them stays dense, and nothing hides that."""
     inputs = torch.randn(1, 200, 32), torch.randn(1, 20, 32)
     model = sla_compile.accelerate(Both().eval(), config=CONFIG, example_inputs=inputs)
     for _ in range(2):  # as accelerate found them, and as they were called
@@ -146,13 +148,6 @@ def test_the_calls_of_one_owner_are_told_apart():
 
 
 def test_an_owner_whose_cross_attention_looks_like_its_own_stays_dense():
-    class Both(SelfAttention):
-        def forward(self, x, context):
-            query, key, value = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-            other = self.proj(context).unflatten(-1, (2, -1)).transpose(1, 2)
-            own = F.scaled_dot_product_attention(query, key, value)
-            return (own + F.scaled_dot_product_attention(query, other, other)).transpose(1, 2).flatten(2)
-
     model, inputs = Both().eval(), make_inputs()  # context as long as x
     expected = model(*inputs)
     sla_compile.accelerate(model, config=CONFIG, example_inputs=inputs, allow_no_match=True)
