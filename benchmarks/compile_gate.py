@@ -238,6 +238,7 @@ def rows_of(case: Case, kernels: str, candidates: bool) -> list[Row]:
         if direction:
             name += "_columns" if arguments[direction[0]] == 1 else "_rows"
         tiles = [f"{key}={arguments[key]}" for key in arguments if key.startswith("TILE") or key == "SLICE"]
+        tiles += ["late values"] if arguments.get("LATE_VALUES") else []
         launch = " ".join(
             [*tiles, f"warps={arguments.get('num_warps', 4)}", f"stages={arguments.get('num_stages', 3)}"]
         )

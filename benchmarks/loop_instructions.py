@@ -4,12 +4,15 @@
     python benchmarks/loop_instructions.py --check --arch 90 --cases '*-D64-*'
 
 With --check the exit status is 1 where a loop waits for the copies that it has just issued, reads tokens in pieces of
-less than 16 bytes, or uses local memory.
+less than 16 bytes, uses local memory, waits for the parts of a product, or multiplies values late without taking
+exponentials meanwhile.
 
 A step is one tile of keys (or, for key_gradient, of queries) of one thread block. A multiprocessor issues four
 instructions a cycle, one from each quarter: `issue cycles` is what that takes, `matrix cycles` what the products take
 at the tensor cores' peak; the longer bounds the step from below. `in flight` is how many groups of copies a step leaves
-under way where it waits for its own.
+under way where it waits for its own, `behind` how many of its exponentials are taken while a product is under way, as
+those of sm_90 can be. `shared cycles` is what sm_90's shared memory takes for the operands that its products read there
+and for the copies, at 128 bytes a cycle.
 """
 
 from __future__ import annotations
@@ -69,9 +72,34 @@ class Loop:
         waits = (re.match(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)", instruction) for instruction in self.body)
         return min((int(wait[1], 16) for wait in waits if wait), default=0)
 
-    def complaints(self, token_bytes: int) -> list[str]:
+    @property
+    def behind(self) -> int:
+        """How many exponentials are taken while a product is under way: issued, and not yet waited for."""
+        counts = []
+        under_way = False
+        for _ in range(2):  # the second time with what the step before leaves under way
+            counts.append(0)
+            for instruction in self.body:
+                if instruction.startswith(("HGMMA", "WARPGROUP.DEPBAR")):
+                    under_way = instruction.startswith("HGMMA")
+                counts[-1] += under_way and instruction.startswith("MUFU")
+        return counts[-1]
+
+    @property
+    def operand_bytes(self) -> int:
+        """What the products of one warpgroup of sm_90 read from shared memory: 32 bytes of each row of an operand."""
+        rows = 0
+        for instruction in self.body:
+            shape = re.match(r"[HQI]GMMA\.64x(\d+)x\d+\S* R\d+, (R\d+|gdesc)", instruction)
+            if shape:
+                rows += int(shape[1]) + (64 if shape[2] == "gdesc" else 0)
+        return 32 * rows
+
+    def complaints(self, token_bytes: int, products: int, late_values: bool) -> list[str]:
         """What is wrong with the loop, of whose tokens a thread has to load so many bytes in a step."""
         found = []
+        if sum(instruction.startswith("WARPGROUP.DEPBAR") for instruction in self.body) > products:
+            found.append("waits for the parts of a product one by one")
         if not self.in_flight:
             found.append("waits for the copies that it has just issued")
         loads = [*self.names("LDG"), *self.names("LDGSTS")]
@@ -79,6 +107,8 @@ class Loop:
             found.append("loads tokens in pieces of less than 16 bytes")
         if self.names("LDL") or self.names("STL"):
             found.append("uses local memory")
+        if late_values and 2 * self.behind < self.kinds["exp"]:
+            found.append("takes its exponentials while nothing is multiplied")
         return found
 
 
@@ -148,7 +178,8 @@ def main(given: list[str] | None = None) -> int:
         parser.error(f"no case matches {options.cases}")
 
     kinds = [*KINDS, "integer"]  # with addresses, moves and branches
-    columns = ["kernel", "case", "tile", "warps", "instructions", *kinds, "in flight", "issue cycles", "matrix cycles"]
+    columns = ["kernel", "case", "tile", "warps", "instructions", *kinds, "in flight", "behind"]
+    columns += ["issue cycles", "matrix cycles", "shared cycles"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     failed = False
     for case in cases:
@@ -157,9 +188,12 @@ def main(given: list[str] | None = None) -> int:
             operations = 2 * PRODUCTS[name] * arguments["TILE_Q"] * arguments["TILE_K"] * arguments["DIMS"]
             matrix = round(operations / OPERATIONS_A_CYCLE[case.arch] * TIME_OF_LOW_BIT[case.low_bit])
             counts = [loop.kinds[kind] for kind in kinds]
-            values = [name, case, tiles, arguments["num_warps"], len(loop), *counts, loop.in_flight, issue, matrix]
+            warps, copied = arguments["num_warps"], token_bytes(name, arguments, case.low_bit)
+            shared = (loop.operand_bytes * warps // 4 + copied * 32 * warps) // 128 if case.arch == 90 else "–"
+            values = [name, case, tiles, warps, len(loop), *counts, loop.in_flight, loop.behind, issue, matrix, shared]
             print(f"| {' | '.join(str(value) for value in values)} |", flush=True)
-            for complaint in loop.complaints(token_bytes(name, arguments, case.low_bit)):
+            late = arguments.get("LATE_VALUES", False)
+            for complaint in loop.complaints(copied, PRODUCTS[name], late):
                 failed = True
                 print(f"    {name} {complaint}", flush=True)
     return int(failed and options.check)

@@ -35,7 +35,8 @@ def asked() -> bool:
 def candidates(kernel: Any, arguments: dict[str, Any]) -> list[dict[str, int]]:
     """The tiles and options of a launch, then neighbours that compile (benchmarks/compile_gate.py --candidates)."""
     tiles = _TILES.get(kernel.__name__, ())
-    row = {name: arguments[name] for name in (*tiles, "num_warps", "num_stages") if name in arguments}
+    names = (*tiles, "LATE_VALUES", "num_warps", "num_stages")
+    row = {name: arguments[name] for name in names if name in arguments}
     found = [row]
     if "num_stages" not in row or arguments["PRECISION"] == "ieee":  # no options; no tensor cores
         return found
@@ -57,6 +58,8 @@ def candidates(kernel: Any, arguments: dict[str, Any]) -> list[dict[str, int]]:
         found.append({**row, "num_stages": stages + 1})
     if row["num_warps"] == 4 and stages > 1:
         found.append({**row, "num_warps": 8})
+    if "LATE_VALUES" in row and roomy and stages > 1 and arguments["LOW_BIT"] != "fp8":
+        found.append({**row, "LATE_VALUES": not row["LATE_VALUES"]})
     return found
 
 
@@ -102,8 +105,8 @@ def _situation(kernel: Any, arguments: dict[str, Any]) -> str:
 
 
 def _config(row: dict[str, int]) -> triton.Config:
-    tiles = {name: value for name, value in row.items() if name.startswith("TILE")}
-    return triton.Config(tiles, num_warps=row["num_warps"], num_stages=row["num_stages"])
+    constants = {name: value for name, value in row.items() if name.isupper()}
+    return triton.Config(constants, num_warps=row["num_warps"], num_stages=row["num_stages"])
 
 
 class _Situated(triton.KernelInterface):

@@ -149,6 +149,9 @@ def query_gradient_kernel(
     grad_output = load_tile(
         grad_output_ptr, first, length, stride_grad_token, 0, stride_grad_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
     )  # (TILE_Q, DIMS)
+    # Zero already: but what is computed stays in registers, NOTE [Operands] in forward.py.
+    exists = (first + tl.arange(0, TILE_Q) < length)[:, None]
+    query, grad_output = tl.where(exists, query, 0.0), tl.where(exists, grad_output, 0.0)
     rows = local.to(tl.int64) * (query_blocks * BLOCK_Q) + first + tl.arange(0, TILE_Q)
     logsumexp_log2 = tl.load(logsumexp_log2_ptr + rows)
     delta = tl.load(delta_ptr + rows)
@@ -161,7 +164,7 @@ def query_gradient_kernel(
     key_block = tl.load(entries_ptr, mask=whole > 0, other=0)  # NOTE [Prefetch]
     for step in range(0, whole):
         start = key_block * BLOCK_K + step % STEPS * TILE_K
-        key_block = tl.load(entries_ptr + (step + 1) // STEPS, mask=step + 1 < whole, other=0)
+        key_block = tl.load(entries_ptr + tl.minimum(step + 1, whole - 1) // STEPS)
         accumulator, row_sums = query_step(
             accumulator, row_sums, query, grad_output, logsumexp_log2, delta, key_ptr, value_ptr, key_bias_ptr,
             stride_key_token, stride_key_dim, stride_value_token, stride_value_dim, stride_bias_token, start, length,
@@ -223,9 +226,9 @@ def key_step(
     scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2  # (TILE_K, TILE_Q)
     if bias_log2 is not None:
         scores += bias_log2[:, None]
+    grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision=PRECISION)
     probabilities = tl.exp2(scores - logsumexp_log2[None, :])
     grad_value = tl.dot(probabilities.to(query.dtype), grad_output, grad_value, input_precision=PRECISION)
-    grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision=PRECISION)
     delta = tl.load(delta_ptr + rows)
     grad_scores = probabilities * (grad_probabilities - delta[None, :])
     grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
@@ -344,7 +347,7 @@ def key_gradient_kernel(
         query_block = tl.load(list_ptr, mask=count > 0, other=0)  # NOTE [Prefetch]
         for step in range(0, count * STEPS):
             first = query_block * BLOCK_Q + step % STEPS * TILE_Q
-            query_block = tl.load(list_ptr + (step + 1) // STEPS, mask=step + 1 < count * STEPS, other=0)
+            query_block = tl.load(list_ptr + tl.minimum(step + 1, count * STEPS - 1) // STEPS)
             grad_key, grad_value = key_step(
                 grad_key, grad_value, key, value, bias_log2, head_grad_ptr, head_query_ptr,
                 logsumexp_log2_ptr + head_rows, delta_ptr + head_rows, stride_grad_token, stride_grad_dim,

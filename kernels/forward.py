@@ -3,6 +3,15 @@
 NOTE [Prefetch]: the sparse loops load the entry of the next step themselves, a step ahead. Were it loaded in its own
 step, the compiler's pipeline would spend half of its stages on it, and a loop would wait for the copies of keys and
 values that it has just issued.
+
+NOTE [Late values]: with LATE_VALUES a step multiplies the probabilities of the step before with that step's values. On
+sm_90 products are asynchronous: this one runs while the exponentials of the step's own scores are taken, for which it
+would otherwise have to wait, and the tensor cores with it. The compiler lets a product run on into the next step only
+if nothing but that step's product touches its result; so scores, which every step needs at once, stay where they are.
+
+NOTE [Operands]: of a product on sm_90 the compiler takes the left factor from shared memory if it was loaded, and from
+registers if it was computed. A product with a tile of 64 keys then reads as much of the query as of the keys, each time
+anew, and takes the shared memory's whole bandwidth; so the sparse loops compute what stays the same.
 """
 
 from __future__ import annotations
@@ -24,25 +33,95 @@ from sla_compile.kernels.tiles import (
 
 
 @triton.jit
-def attend(
-    accumulator,
-    maximum,
-    total,
+def key_product(
     query,
     key_ptr,
-    value_ptr,
-    key_bias_ptr,
     low_key_ptr,
-    key_scales_ptr,
-    low_value_ptr,
     stride_key_token,
     stride_key_dim,
-    stride_value_token,
-    stride_value_dim,
+    start,
+    length,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    TILE_K: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
+    LOW_BIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Scores (TILE_Q, TILE_K) of the TILE_K keys from `start`, without their scale; int32 of int8."""
+    if LOW_BIT == "none":
+        key = load_tile(
+            key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, MASK_KEYS, WIDE
+        )  # (TILE_K, DIMS)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    else:
+        key = load_tile(low_key_ptr, start, 0, DIMS, 0, 1, TILE_K, DIMS, DIMS, False, False)  # (TILE_K, DIMS)
+        scores = tl.dot(query, tl.trans(key))
+    return scores
+
+
+@triton.jit
+def softmax_step(
+    scores,
+    maximum,
+    total,
+    key_bias_ptr,
+    key_scales_ptr,
     stride_bias_token,
     start,
     length,
     scale_log2,
+    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
+    LOW_BIT: tl.constexpr,
+):
+    """One step of the online softmax, in base 2, over key_product's scores.
+
+    With LOW_BIT scale_log2, which is not negative, has the query's scale in it; for "fp8" `maximum` is a whole number.
+
+    Returns:
+        probabilities (TILE_Q, TILE_K), the new maximum and total, and what the accumulator is to be multiplied with.
+    """
+    factor = scale_log2
+    if LOW_BIT != "none":
+        scores = scores.to(tl.float32)
+        factor = scale_log2 * tl.load(key_scales_ptr + start // BLOCK_K)
+    PARTIAL: tl.constexpr = MASK_KEYS or key_bias_ptr is not None
+    if PARTIAL:
+        tokens = start + tl.arange(0, TILE_K)
+        scores *= factor
+        factor = 1.0
+        if key_bias_ptr is not None:
+            bias = tl.load(key_bias_ptr + tokens.to(tl.int64) * stride_bias_token, mask=tokens < length, other=0.0)
+            scores += (bias * LOG2_E)[None, :]
+        if MASK_KEYS:
+            scores = tl.where((tokens < length)[None, :], scores, float("-inf"))
+    new_maximum = tl.max(scores, 1) * factor
+    if LOW_BIT == "fp8":
+        new_maximum = tl.ceil(new_maximum)
+    new_maximum = tl.maximum(maximum, new_maximum)
+    reference = new_maximum
+    if PARTIAL:
+        # Until a row has met a key that takes part, its maximum is -inf, and -inf - -inf is not a number.
+        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    # Scaled here and not before: one instruction with the subtraction.
+    probabilities = tl.exp2(scores * factor - reference[:, None])
+    rescale = tl.exp2(maximum - reference)
+    return probabilities, new_maximum, total * rescale + tl.sum(probabilities, 1), rescale
+
+
+@triton.jit
+def value_product(
+    accumulator,
+    probabilities,
+    value_ptr,
+    low_value_ptr,
+    stride_value_token,
+    stride_value_dim,
+    start,
+    length,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -52,52 +131,20 @@ def attend(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One step of the online softmax, in base 2, over the TILE_K keys from `start`.
-
-    With LOW_BIT, query and low_key are int8 and scale_log2 has the query's scale in it; for "fp8" `maximum` is a whole
-    number and the accumulator 448 times too large (quantize.py).
-    """
-    if LOW_BIT == "none":
-        key = load_tile(
-            key_ptr, start, length, stride_key_token, 0, stride_key_dim, TILE_K, DIMS, HEAD_DIM, MASK_KEYS, WIDE
-        )  # (TILE_K, DIMS)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # (TILE_Q, TILE_K)
-    else:
-        key = load_tile(low_key_ptr, start, 0, DIMS, 0, 1, TILE_K, DIMS, DIMS, False, False)  # (TILE_K, DIMS)
-        key_scale = tl.load(key_scales_ptr + start // BLOCK_K)
-        scores = tl.dot(query, tl.trans(key)).to(tl.float32) * (scale_log2 * key_scale)
-    tokens = start + tl.arange(0, TILE_K)
-    if key_bias_ptr is not None:
-        bias = tl.load(key_bias_ptr + tokens.to(tl.int64) * stride_bias_token, mask=tokens < length, other=0.0)
-        scores += (bias * LOG2_E)[None, :]
-    if MASK_KEYS:
-        scores = tl.where((tokens < length)[None, :], scores, float("-inf"))
-    new_maximum = tl.max(scores, 1)
-    if LOW_BIT == "fp8":
-        new_maximum = tl.ceil(new_maximum)
-    new_maximum = tl.maximum(maximum, new_maximum)
-    # Until a row has met a key that takes part, its maximum is -inf, and -inf - -inf is not a number.
-    reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    probabilities = tl.exp2(scores - reference[:, None])
-    rescale = tl.exp2(maximum - reference)
+    """The accumulator and the probabilities' product with the TILE_K values from `start`; 448 times that for "fp8"."""
     if LOW_BIT == "fp8":
         # Not `start % BLOCK_K`: of a remainder the compiler does not know what divides it, and would load single bytes.
         block_start = start // BLOCK_K * BLOCK_K
         low_value_ptr += tl.cast(block_start, tl.int64) * DIMS + (start - block_start)
         value = load_tile(low_value_ptr, 0, 0, BLOCK_K, 0, 1, DIMS, TILE_K, TILE_K, False, False)  # (DIMS, TILE_K)
-        # sm_90 adds up E4M3 products with 14 bits: only those of one step.
-        accumulator = tl.dot(
-            (probabilities * FP8_MAX).to(tl.float8e4nv), tl.trans(value), accumulator * rescale[:, None],
-            max_num_imprecise_acc=TILE_K,
-        )  # fmt: skip
+        # Not into the accumulator: sm_90 adds up E4M3 products with 14 bits, so only those of one step.
+        accumulator += tl.dot((probabilities * FP8_MAX).to(tl.float8e4nv), tl.trans(value))
     else:
         value = load_tile(
             value_ptr, start, length, stride_value_token, 0, stride_value_dim, TILE_K, DIMS, HEAD_DIM, MASK_KEYS, WIDE
         )  # (TILE_K, DIMS)
-        accumulator = tl.dot(
-            probabilities.to(value.dtype), value, accumulator * rescale[:, None], input_precision=PRECISION
-        )
-    return accumulator, new_maximum, total * rescale + tl.sum(probabilities, 1)
+        accumulator = tl.dot(probabilities.to(value.dtype), value, accumulator, input_precision=PRECISION)
+    return accumulator
 
 
 @triton.jit
@@ -179,6 +226,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
+    LATE_VALUES: tl.constexpr,
 ):
     """Output and log-sum-exp of TILE_Q tokens of one query head.
 
@@ -209,11 +257,11 @@ def forward_kernel(
     count = tl.load(counts_ptr + line)
 
     scale = tl.cast(scale, tl.float32)
+    scale_log2 = tl.abs(scale) * LOG2_E
     if LOW_BIT == "none":
         query = load_tile(
             query_ptr, first, length, stride_query_token, 0, stride_query_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
         )  # (TILE_Q, DIMS)
-        scale_log2 = scale * LOG2_E
     else:
         unit = (local // group).to(tl.int64)
         low_key_ptr += unit * key_blocks * BLOCK_K * DIMS
@@ -224,36 +272,80 @@ def forward_kernel(
             query_ptr, block * BLOCK_Q, first, length, stride_query_token, stride_query_dim,
             HEAD_DIM, DIMS, BLOCK_Q, TILE_Q, WIDE,
         )  # fmt: skip
-        scale_log2 = scale * LOG2_E * query_scale
+        scale_log2 *= query_scale
+    # softmax_step takes the maximum of scores before it scales them, which a negative scale would turn around. It makes
+    # the query something computed, too, NOTE [Operands].
+    query = tl.where(scale < 0, -query, query)
     accumulator = tl.zeros([TILE_Q, DIMS], tl.float32)
     maximum = tl.full([TILE_Q], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
     STEPS: tl.constexpr = BLOCK_K // TILE_K
     whole = count * STEPS - ragged_steps(entries_ptr, count, key_blocks, length, BLOCK_K, STEPS)
     key_block = tl.load(entries_ptr, mask=whole > 0, other=0)  # NOTE [Prefetch]
-    for step in range(0, whole):
-        start = key_block * BLOCK_K + step % STEPS * TILE_K
-        key_block = tl.load(entries_ptr + (step + 1) // STEPS, mask=step + 1 < whole, other=0)
-        accumulator, maximum, total = attend(
-            accumulator, maximum, total, query, key_ptr, value_ptr, key_bias_ptr, low_key_ptr, key_scales_ptr,
-            low_value_ptr, stride_key_token, stride_key_dim, stride_value_token, stride_value_dim, stride_bias_token,
-            start, length, scale_log2, HEAD_DIM, DIMS, BLOCK_K, TILE_K, False, LOW_BIT, PRECISION, WIDE,
-        )  # fmt: skip
+    if LATE_VALUES:
+        probabilities = tl.zeros([TILE_Q, TILE_K], tl.float32)
+        rescale = tl.full([TILE_Q], 1.0, tl.float32)
+        late_start = key_block * BLOCK_K  # with probabilities of zero any values that are attended to will do
+        for step in range(0, whole):
+            start = key_block * BLOCK_K + step % STEPS * TILE_K
+            key_block = tl.load(entries_ptr + tl.minimum(step + 1, whole - 1) // STEPS)
+            scores = key_product(
+                query, key_ptr, low_key_ptr, stride_key_token, stride_key_dim, start, length,
+                HEAD_DIM, DIMS, TILE_K, False, LOW_BIT, PRECISION, WIDE,
+            )  # fmt: skip
+            accumulator = value_product(
+                accumulator * rescale[:, None], probabilities, value_ptr, low_value_ptr, stride_value_token,
+                stride_value_dim, late_start, length, HEAD_DIM, DIMS, BLOCK_K, TILE_K, False, LOW_BIT, PRECISION, WIDE,
+            )  # fmt: skip
+            probabilities, maximum, total, rescale = softmax_step(
+                scores, maximum, total, key_bias_ptr, key_scales_ptr, stride_bias_token, start, length, scale_log2,
+                BLOCK_K, TILE_K, False, LOW_BIT,
+            )  # fmt: skip
+            late_start = start
+        if whole > 0:
+            accumulator = value_product(
+                accumulator * rescale[:, None], probabilities, value_ptr, low_value_ptr, stride_value_token,
+                stride_value_dim, late_start, length, HEAD_DIM, DIMS, BLOCK_K, TILE_K, False, LOW_BIT, PRECISION, WIDE,
+            )  # fmt: skip
+    else:
+        for step in range(0, whole):
+            start = key_block * BLOCK_K + step % STEPS * TILE_K
+            key_block = tl.load(entries_ptr + tl.minimum(step + 1, whole - 1) // STEPS)
+            scores = key_product(
+                query, key_ptr, low_key_ptr, stride_key_token, stride_key_dim, start, length,
+                HEAD_DIM, DIMS, TILE_K, False, LOW_BIT, PRECISION, WIDE,
+            )  # fmt: skip
+            probabilities, maximum, total, rescale = softmax_step(
+                scores, maximum, total, key_bias_ptr, key_scales_ptr, stride_bias_token, start, length, scale_log2,
+                BLOCK_K, TILE_K, False, LOW_BIT,
+            )  # fmt: skip
+            accumulator = value_product(
+                accumulator * rescale[:, None], probabilities, value_ptr, low_value_ptr, stride_value_token,
+                stride_value_dim, start, length, HEAD_DIM, DIMS, BLOCK_K, TILE_K, False, LOW_BIT, PRECISION, WIDE,
+            )  # fmt: skip
     for step in tl.range(whole, count * STEPS, num_stages=1):
         start = tl.load(entries_ptr + step // STEPS) * BLOCK_K + step % STEPS * TILE_K
-        accumulator, maximum, total = attend(
-            accumulator, maximum, total, query, key_ptr, value_ptr, key_bias_ptr, low_key_ptr, key_scales_ptr,
-            low_value_ptr, stride_key_token, stride_key_dim, stride_value_token, stride_value_dim, stride_bias_token,
-            start, length, scale_log2, HEAD_DIM, DIMS, BLOCK_K, TILE_K, True, LOW_BIT, PRECISION, WIDE,
+        scores = key_product(
+            query, key_ptr, low_key_ptr, stride_key_token, stride_key_dim, start, length,
+            HEAD_DIM, DIMS, TILE_K, True, LOW_BIT, PRECISION, WIDE,
+        )  # fmt: skip
+        probabilities, maximum, total, rescale = softmax_step(
+            scores, maximum, total, key_bias_ptr, key_scales_ptr, stride_bias_token, start, length, scale_log2,
+            BLOCK_K, TILE_K, True, LOW_BIT,
+        )  # fmt: skip
+        accumulator = value_product(
+            accumulator * rescale[:, None], probabilities, value_ptr, low_value_ptr, stride_value_token,
+            stride_value_dim, start, length, HEAD_DIM, DIMS, BLOCK_K, TILE_K, True, LOW_BIT, PRECISION, WIDE,
         )  # fmt: skip
 
     rows = first + tl.arange(0, TILE_Q)
     attended = total > 0
     logsumexp = tl.where(attended, (maximum + tl.log2(tl.where(attended, total, 1.0))) * LN_2, float("-inf"))
+    # Read again: it went into the products with another sign, or as int8.
+    query = load_tile(
+        query_ptr, first, length, stride_query_token, 0, stride_query_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
+    )  # (TILE_Q, DIMS)
     if LOW_BIT != "none":
-        query = load_tile(
-            query_ptr, first, length, stride_query_token, 0, stride_query_dim, TILE_Q, DIMS, HEAD_DIM, True, WIDE
-        )  # (TILE_Q, DIMS)
         key_mean_ptr += batch * stride_mean_batch + (query_head // group) * stride_mean_head
         mean = load_mean(key_mean_ptr, stride_mean_dim, DIMS, HEAD_DIM)
         logsumexp += scale * tl.sum(query.to(tl.float32) * mean[None, :], 1)  # NOTE [Frame]

@@ -267,7 +267,7 @@ class _Call:
             epsilon=self.spec.epsilon, head_start=self.start * self.group,
             STATE=state_size(self.head_dim), FEATURE_MAP=self.spec.feature_map, MIN_DENOMINATOR=MIN_DENOMINATOR,
             **addressing(self.query, self.key, self.value, output), SLICE=chosen.slice,
-            **common, **chosen.tiles,
+            LATE_VALUES=chosen.late_values, **common, **chosen.tiles,
         )  # fmt: skip
 
     def quantized(self, smoothing: Tensor, value_scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

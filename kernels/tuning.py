@@ -43,6 +43,7 @@ class Target:
 class Launch:
     """Tile sizes in tokens, `slice` in columns of the head dimension, and Triton's launch options; 0: not used.
 
+    late_values is of the forward only, NOTE [Late values] there.
     block_sums tiles a matrix product: rows are `tile_q`, terms `tile_k` and columns `slice`.
     """
 
@@ -51,6 +52,7 @@ class Launch:
     slice: int
     num_warps: int
     num_stages: int
+    late_values: bool = False
 
     @property
     def tiles(self) -> dict[str, int]:
@@ -239,5 +241,9 @@ def plan(dims: int, itemsize: int, block_q: int, block_k: int, target: Target, l
             if tile_q > block_q:
                 tile_q, warps = block_q, warps * block_q // tile_q
             tile_k, slice_ = min(tile_k, block_k), min(slice_, dims)
-        launches[kernel] = Launch(tile_q, tile_k, slice_, warps, stages)
+        # Two programs of 4 warps on a multiprocessor work while the other waits; one of 8 has only itself. Wider heads
+        # have no registers left, and sums of E4M3 products wait for each other anyway.
+        late_values = kernel == "forward" and target.name == "sm_90" and warps == 8 and low_bit != "fp8"
+        late_values &= itemsize == 2 and row_bytes <= 256
+        launches[kernel] = Launch(tile_q, tile_k, slice_, warps, stages, late_values)
     return Plan(**launches, precision="tf32" if itemsize == 2 and target.tf32 else "ieee")

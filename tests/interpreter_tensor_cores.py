@@ -27,8 +27,10 @@ def install() -> None:
     def patched_dot(self: Any, left: Any, right: Any, total: Any, precision: Any, imprecise_terms: int) -> Any:
         operands = left.data, right.data
         if left.dtype.scalar == tl.float8e4nv:
-            found = (torch.from_numpy(data).view(torch.float8_e4m3fn).float() for data in operands)
-            product = e4m3_product(*found, imprecise_terms).numpy()
+            found = [torch.from_numpy(data).view(torch.float8_e4m3fn).float() for data in operands]
+            if not imprecise_terms and total.data.any():
+                raise AssertionError("sm_90 would add these E4M3 products to the sum so far, with 14 bits")
+            product = e4m3_product(*found, imprecise_terms or found[0].shape[-1]).numpy()
             return interpreter.TensorHandle(product + total.data, total.dtype.scalar)
         if left.dtype.scalar == tl.float32 and precision.name == "TF32":
             left, right = (interpreter.TensorHandle(truncated_to_tf32(data), tl.float32) for data in operands)

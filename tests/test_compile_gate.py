@@ -27,8 +27,9 @@ def test_kernels_compile_within_the_limits(arch: str, cases: str, options: list[
     check("compile_gate.py", "--arch", arch, "--cases", cases, *options)
 
 
-def test_sparse_loops_copy_ahead_in_wide_pieces() -> None:
-    check("loop_instructions.py", "--arch", "90", "--cases", "90-bf16-D64-q64", "90-bf16-D64-q64-fp8")
+def test_sparse_loops_copy_ahead_in_wide_pieces_and_multiply_behind_exponentials() -> None:
+    cases = "90-bf16-D64-q64", "90-bf16-D64-q64-fp8", "90-bf16-D64-q128"
+    check("loop_instructions.py", "--arch", "90", "--cases", *cases)
 
 
 def check(script: str, *options: str) -> None:

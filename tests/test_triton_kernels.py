@@ -183,6 +183,11 @@ CASES = [
     Case(candidate=1, dtype="bf16", dim=80, length=70, heads=1, kv_heads=1, arch="gfx942"),
     Case(candidate=1, dtype="fp16", heads=4, alpha="block", mask="keys", length=100, chunk_bytes=1),
     Case(candidate=1, dtype="fp16", low_bit="fp8", linear="none", length=100, arch=89),
+    # Values multiplied a step late: no step at all, a ragged one alone, several a block, a negative scale.
+    Case(block_q=128, dtype="fp16", blocks="none", length=150),
+    Case(block_q=128, dtype="bf16", length=40),
+    Case(candidate=-1, dtype="fp16", dim=128, length=100, heads=1, kv_heads=1, arch=89),
+    Case(block_q=128, dtype="fp16", scale=-0.3, mask="additive", length=150),
 ]
 
 
