@@ -143,7 +143,9 @@ def run_all(path: str) -> None:
     """Writes, beside what was traced, the lengths at which a program's result is not the launcher's, bit for bit."""
     import interpreter_bf16
     import interpreter_fp8
+    import interpreter_speed
 
+    interpreter_speed.install()
     interpreter_bf16.install()
     interpreter_fp8.install()
     traced = torch.load(path)

@@ -116,4 +116,7 @@ COMPARISONS = {"selection": compare_selection, "pooling": compare_pooling}
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import interpreter_speed
+
+    interpreter_speed.install()
     COMPARISONS[sys.argv[1]]("cpu")

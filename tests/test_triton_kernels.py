@@ -23,6 +23,7 @@ from kernel_cases import run as run_case
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+SERVE = "import interpreter_speed, kernel_cases; interpreter_speed.install(); kernel_cases.serve()"
 # How many drawn cases: ten take about 20 seconds in the interpreter.
 EXAMPLES = int(os.environ.get("SLA_HYPOTHESIS_EXAMPLES", "10"))
 
@@ -37,7 +38,8 @@ class Worker:
         if self.process is None:
             environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(
-                [sys.executable, HERE / "kernel_cases.py"],
+                [sys.executable, "-c", SERVE],
+                cwd=HERE,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
