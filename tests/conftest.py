@@ -9,9 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the tests, which importlib mode leaves out
 
-# Inductor compiles a program of its own for each vector instruction set, in each fresh cache, only to see that it can; a
-# pool of processes that each import torch gains nothing where the cores run tests; and what calls a package's kernels
-# need not be fast.
+# Inductor compiles a program for each vector instruction set, in each fresh cache, only to see that it can; a pool of
+# processes that each import torch gains nothing where the cores run tests; what calls a package's kernels may be slow.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import pairs
 from torch import Tensor
 
 import sla_compile
@@ -185,8 +186,10 @@ def test_everything_pinned() -> None:
     assert (classify(query, query, pinned=(300, 0), negligible=0.5) == 1).all()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("config", [SLAConfig(sparsity=0.75, negligible=0.1), SLAConfig(pinned=(70, 30))])
+@pytest.mark.parametrize(
+    ("config", "masked"),
+    pairs([SLAConfig(sparsity=0.75, negligible=0.1), SLAConfig(pinned=(70, 30))], [False, True]),
+)
 def test_traces(config: SLAConfig, masked: bool) -> None:
     """Ragged lengths and others, in one program while the length is dynamic."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from export_cases import CASES, Attention
+from sampling import pairs
 from test_onnx import file_of
 
 pytest.importorskip("onnxscript", reason='needs pip install "sla-compile[onnx]"')
@@ -35,8 +36,11 @@ def test_network_for_two_gpus_static_and_dynamic(example, tmp_path, capsys):
     assert len(re.findall(r"length: an engine of .* MiB for sm_89, sm_120", capsys.readouterr().out)) == 2
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("case", [case for case in CASES if case.dtype == torch.float32], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "dynamic"),
+    pairs([case for case in CASES if case.dtype == torch.float32], [True, False]),
+    ids=lambda one: ("dynamic" if one else "static") if isinstance(one, bool) else one.name,
+)
 def test_every_kind_of_attention(case, dynamic, example, tmp_path):
     inputs = case.inputs(200)
     path = file_of(Attention(case), tmp_path / "attention.onnx", inputs, case.dynamic_shapes if dynamic else None)
