@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
+from sampling import ALL_CASES
 
 pytest.importorskip("diffusers")
 
@@ -97,9 +99,17 @@ def test_export_onnx(tmp_path):
     assert (tmp_path / "network.onnx").is_file()
 
 
+def stand_in_for_aoti(program, package_path, **_):
+    torch.export.save(program, package_path)
+    return package_path
+
+
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which AOTInductor compiles with")
-def test_export_pt2(tmp_path):
+def test_export_pt2(tmp_path, monkeypatch):
+    if not ALL_CASES:  # the page's blocks below make a package in the same way, for a minute
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", stand_in_for_aoti)
+        monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: torch.export.load(path).module())
     assert load(FOLDER / "export_pt2.py").main(["--small", "--output", str(tmp_path)]) < 1e-5
     assert {path.name for path in tmp_path.iterdir()} == {"program.pt2", "core_aten.pt2", "compiled.pt2"}
 
@@ -109,6 +119,7 @@ def test_export_pt2(tmp_path):
 def test_export_page(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)  # vectors are test_aoti's, and take longest
     blocks = re.findall(r"^```python\n(.*?)^```$", EXPORT_PAGE.read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) == 4
     names = {"__name__": "export_page"}
