@@ -17,6 +17,15 @@ def install() -> None:
     builder, patch_language = interpreter.interpreter_builder, interpreter._patch_lang
     # The 64-bit copies of integer operations end in an assertion that only options.debug, which is off, would make.
     builder.options = replace(builder.options, sanitize_overflow=False)
+    numpy_type, numpy_types = interpreter._get_np_dtype, {}
+
+    def numpy_type_once(dtype: Any) -> Any:  # a table of all types is made to look up one
+        name = dtype.scalar.name
+        if name not in numpy_types:
+            numpy_types[name] = numpy_type(dtype)
+        return numpy_types[name]
+
+    interpreter._get_np_dtype = numpy_type_once
     patched: set[str] = set()
 
     def patch_once(function: FunctionType) -> Any:

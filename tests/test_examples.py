@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._inductor.config
 from sampling import ALL_CASES
 
 pytest.importorskip("diffusers")
@@ -99,17 +98,21 @@ def test_export_onnx(tmp_path):
     assert (tmp_path / "network.onnx").is_file()
 
 
-def stand_in_for_aoti(program, package_path, **_):
-    torch.export.save(program, package_path)
-    return package_path
+def instead_of_aoti(monkeypatch):
+    """A saved program in place of the package, which takes a minute to make; tests/test_aoti.py makes some."""
+    monkeypatch.setattr(
+        torch._inductor,
+        "aoti_compile_and_package",
+        lambda program, package_path, **_: torch.export.save(program, package_path),
+    )
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: torch.export.load(path).module())
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which AOTInductor compiles with")
 def test_export_pt2(tmp_path, monkeypatch):
-    if not ALL_CASES:  # the page's blocks below make a package in the same way, for a minute
-        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", stand_in_for_aoti)
-        monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: torch.export.load(path).module())
+    if not ALL_CASES:
+        instead_of_aoti(monkeypatch)
     assert load(FOLDER / "export_pt2.py").main(["--small", "--output", str(tmp_path)]) < 1e-5
     assert {path.name for path in tmp_path.iterdir()} == {"program.pt2", "core_aten.pt2", "compiled.pt2"}
 
@@ -119,7 +122,10 @@ def test_export_pt2(tmp_path, monkeypatch):
 def test_export_page(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)  # vectors are test_aoti's, and take longest
+    compiled = "torch._inductor.aoti_load_package('wan_compiled.pt2')\n"
+    if not ALL_CASES:
+        instead_of_aoti(monkeypatch)
+        compiled = ""
     blocks = re.findall(r"^```python\n(.*?)^```$", EXPORT_PAGE.read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) == 4
     names = {"__name__": "export_page"}
@@ -132,7 +138,7 @@ def test_export_page(tmp_path, monkeypatch):
     alone = (
         "import sys, torch\n"
         "torch.export.load('wan_core_aten.pt2')\n"
-        "torch._inductor.aoti_load_package('wan_compiled.pt2')\n"
+        f"{compiled}"
         "assert not {'sla_compile', 'diffusers'} & set(sys.modules)\n"
         "import sla_compile\n"
         "torch.export.load('wan.pt2')\n"

@@ -16,6 +16,7 @@ from export_cases import (
 )
 from graph_tools import OP, ops, targets
 from models import make_inputs
+from sampling import pairs
 from torch._dynamo.backends.common import aot_autograd
 from torch.export import export
 
@@ -53,8 +54,11 @@ def test_one_decomposed_program_for_every_length(case):
         assert difference(result, expected) < TOLERANCE, length
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
-@pytest.mark.parametrize("case", by_name([CASES[0], BLOCK_MAP, SLA2_BY_BLOCK]))
+@pytest.mark.parametrize(
+    ("case", "strict"),
+    pairs([CASES[0], BLOCK_MAP, SLA2_BY_BLOCK], [False, True]),
+    ids=lambda one: getattr(one, "name", one),
+)
 def test_static_length(case, strict):
     model, program = attention_program(case, dynamic=False, strict=strict)
     inputs = case.inputs(200)
