@@ -54,7 +54,7 @@ def of(case: Case, dtype: torch.dtype, *lengths: int, **options: Any) -> Program
 
 LOW_BIT = {name: Case(name, config(low_bit=name), "bool") for name in ("int8", "fp8")}
 PROGRAMS = {
-    "plain": of(CASES[0], torch.bfloat16, 1, 64, 65, 512),
+    "plain": of(CASES[0], torch.bfloat16, 1, 64, 65, 257),
     "plain, from 65": of(CASES[0], torch.bfloat16, example=65),
     "plain, from 4096": of(CASES[0], torch.bfloat16, example=4096),
     "bool mask": of(CASES[1], torch.float16, 130),
