@@ -38,7 +38,7 @@ sys.exit(f"failed: {failed}" if failed else 0)
 
 @pytest.mark.parametrize("calls", [CALLS[::2], CALLS[1::2]], ids=["even", "odd"])
 def test_kernels_compile_within_the_limits(calls: list[tuple[str, list[str]]]) -> None:
-    """And the sparse loops copy ahead in wide pieces, and multiply meanwhile. Several in a process, as each takes seconds to start."""
+    """And the sparse loops copy ahead, and multiply meanwhile. Several in a process, as each takes seconds to start."""
     # A process of its own: where TRITON_INTERPRET is set, nothing compiles.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run(
