@@ -9,6 +9,7 @@ import torch
 from models import SelfAttention, build, make_inputs
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sampling import pairs
 from torch import nn
 from torch.nn import functional as F
 
@@ -241,10 +242,14 @@ def test_context_parallelism_is_refused():
         model(*make_inputs())
 
 
-@pytest.mark.parametrize("config", [CONFIG, PER_BLOCK], ids=["head", "block"])
-def test_compiled_it_is_the_same(config):
+@pytest.mark.parametrize(
+    ("config", "backend"),
+    pairs([PER_BLOCK, CONFIG], ["inductor", "aot_eager"]),
+    ids=lambda one: getattr(one, "alpha_per", one),
+)
+def test_compiled_it_is_the_same(config, backend):
     model, inputs = accelerated(config, length=200, depth=1), make_inputs()
-    compiled = torch.compile(model, backend="inductor", fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     results = []
     for run in (compiled, model):
         model.zero_grad()
