@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sla_compile.passes.nodes import Call, Reader, same, same_shape
+from sla_compile.passes.nodes import Call, Reader, same
 
 
 @dataclass(frozen=True)
 class Product:
-    """A batched matrix product: the role or batch number of every dimension."""
+    """A batched matrix product: the role or batch number of every dimension.
+
+    `broadcast` means that a side lacks batch dimensions of the other, as the keys of multi-query attention lack heads.
+    """
 
     left: fx.Node
     right: fx.Node
@@ -21,6 +24,7 @@ class Product:
     labels: tuple[str, ...]
     factor: float | fx.Node = 1.0
     added: fx.Node | None = None
+    broadcast: bool = False
 
     @property
     def contracted(self) -> str:
@@ -49,12 +53,12 @@ def read_product(node: fx.Node, call: Call, reader: Reader) -> Product | None:
     left_shape, right_shape = reader.shape(left), reader.shape(right)
     if left_shape is None or right_shape is None or len(left_shape) != len(right_shape) or len(left_shape) < 2:
         return None
-    if not same_shape(left_shape[:-2], right_shape[:-2]):
+    pairs = list(zip(left_shape[:-2], right_shape[:-2], strict=True))
+    if not all(same(one, other) or same(one, 1) or same(other, 1) for one, other in pairs):
         return None
-    batch = tuple(f"batch{i}" for i in range(len(left_shape) - 2))
-    return Product(
-        left, right, (*batch, "row", "sum"), (*batch, "sum", "column"), (*batch, "row", "column"), factor, added
-    )
+    batch = tuple(f"batch{i}" for i in range(len(pairs)))
+    labels = (*batch, "row", "sum"), (*batch, "sum", "column"), (*batch, "row", "column")
+    return Product(left, right, *labels, factor, added, broadcast=not all(same(*pair) for pair in pairs))
 
 
 def _read_einsum(call: Call, reader: Reader) -> Product | None:
@@ -75,14 +79,15 @@ def _read_einsum(call: Call, reader: Reader) -> Product | None:
     if any(len(set(text)) != len(text) for text in labels):
         return None
     shared, summed = set(left) & set(right) & set(out), (set(left) & set(right)) - set(out)
-    if len(summed) != 1 or len(set(left) - shared - summed) != 1 or len(set(right) - shared - summed) != 1:
+    free = [len(set(side) - shared - summed) for side in (left, right)]
+    if len(summed) != 1 or min(free) < 1 or (max(free) > 1 and not shared):
         return None
     if set(out) != shared | (set(left) ^ set(right)):
         return None
     sizes = dict(zip(left, shapes[0], strict=True))
     if not all(same(sizes[label], size) for label, size in zip(right, shapes[1], strict=True) if label in sizes):
         return None
-    return Product(operands[0], operands[1], left, right, out)
+    return Product(operands[0], operands[1], left, right, out, broadcast=max(free) > 1)
 
 
 def _einsum_labels(text: str, dots: int) -> tuple[str, ...]:

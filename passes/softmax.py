@@ -216,6 +216,11 @@ def _guarded_zero(node: fx.Node, users: list[fx.Node], reader: Reader) -> tuple[
 
 def _assemble(softmax: fx.Node, call: Call, back: _Scores, front: _Use, reader: Reader) -> Written:
     product = back.product
+    if product.broadcast or front.product.broadcast:
+        raise NoMatch(
+            "its heads share keys and values by broadcasting: expand them, or call scaled_dot_product_attention with "
+            "enable_gqa=True"
+        )
     shape = reader.shape(back.node)
     assert shape is not None
     frames = [Frame.of_product(product, shape)]

@@ -465,6 +465,14 @@ def over_queries(q, k, v):
     return (q @ k.mT).softmax(-2) @ v
 
 
+def multi_query(q, k, v):
+    return (q @ k[:, :1].mT).softmax(-1) @ v[:, :1]
+
+
+def multi_query_einsum(q, k, v):
+    return torch.einsum("bhij,bjd->bhid", torch.einsum("bhid,bjd->bhij", q, k[:, 0]).softmax(-1), v[:, 0])
+
+
 def fewer_keys(q, k, v):
     return F.scaled_dot_product_attention(q, k[:, :, :100], v[:, :, :100])
 
@@ -491,6 +499,8 @@ def wider_values(q, k, v):
         (scaled_bias, "mask is scaled together with its scores"),
         (boolean_added, "boolean and added"),
         (mutated_operand, "in-place operation, mul_, lies between"),
+        (multi_query, "share keys and values by broadcasting"),
+        (multi_query_einsum, "share keys and values by broadcasting"),
         (over_queries, "does not sum over the keys"),
         (fewer_keys, "as many keys as queries"),
         (wider_values, "another head dimension"),
