@@ -14,6 +14,7 @@ from torch import nn
 
 ATTENTION = {"scaled_dot_product_attention", "dispatch_attention_fn"}
 _CONCATENATE = {"cat", "concat", "concatenate"}
+_CALLS = {"forward", "__call__"}
 _METADATA = {"shape", "ndim", "dtype", "device"}
 
 
@@ -49,6 +50,51 @@ def _member(owner: Any, name: str) -> Any:
     state = getattr(owner, "__dict__", {})
     found = (place[name] for place in (state, state.get("_modules", {})) if name in place)
     return next(found, getattr(type(owner), name, None))
+
+
+def calls_attention(module: nn.Module, followed: int = 3) -> bool:
+    """Whether the forward of `module` itself calls attention: in its own code, or in that of its methods and of
+    functions that they call by name, so many calls deep. What its children do does not count."""
+    pending = [(_function(module), followed)]
+    seen: set[types.FunctionType] = set()
+    while pending:
+        function, left = pending.pop()
+        if function is None or function in seen or str(function.__module__).startswith("torch."):
+            continue
+        seen.add(function)
+        for call in _calls(_tree(function)):
+            value = _callee(call, function, module)
+            if _called(call) in ATTENTION or getattr(value, "__name__", "") in ATTENTION:
+                return True
+            if left and inspect.isroutine(value):
+                pending.append((_function(value), left - 1))
+    return False
+
+
+def _callee(call: ast.Call, function: types.FunctionType, module: nn.Module) -> Any:
+    """What a call in the code of `function` reaches by a global name, as `file.name` or as a method of `module`."""
+    called = call.func
+    if isinstance(called, ast.Name):
+        return function.__globals__.get(called.id)
+    if not isinstance(called, ast.Attribute) or not isinstance(called.value, ast.Name):
+        return None
+    if called.value.id in function.__code__.co_varnames[:1]:  # self
+        return _member(module, called.attr)
+    place = function.__globals__.get(called.value.id)
+    return getattr(place, called.attr, None) if isinstance(place, types.ModuleType) else None
+
+
+def takes_apart(caller: nn.Module, attribute: str) -> bool:
+    """Whether the code of `caller` only ever uses parts of its child `attribute`, as in ``self.attn.qkv(x)``, and
+    neither calls it nor hands it on."""
+    whole = parts = False
+    for base in type(caller).__mro__[: type(caller).__mro__.index(nn.Module)]:
+        nodes = list(ast.walk(_tree(base)))
+        owners = {id(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr not in _CALLS}
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and node.attr == attribute and isinstance(node.ctx, ast.Load):
+                whole, parts = whole or id(node) not in owners, parts or id(node) in owners
+    return parts and not whole
 
 
 def concatenates(function: Any, second: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sla_compile.source import ATTENTION, concatenates, names_used, passes
+from sla_compile.source import ATTENTION, calls_attention, concatenates, names_used, passes, takes_apart
 
 _HEADS = ("heads", "num_heads", "n_heads", "num_attention_heads", "n_head", "nheads", "num_query_heads", "num_q_heads")
 _HEAD_DIM = ("head_dim", "dim_head", "dim_heads", "attention_head_dim", "head_size")
@@ -56,7 +56,8 @@ class Owner:
 
 
 def find_owners(model: nn.Module) -> list[Owner]:
-    """Every module that looks like an attention: a number of heads and projections to queries.
+    """Every module that looks like an attention, by a number of heads and projections to queries, or whose forward
+    calls scaled_dot_product_attention itself, as that of a block does which takes an attention's projections apart.
 
     A module that several parents share appears once, under its first name.
     """
@@ -64,7 +65,9 @@ def find_owners(model: nn.Module) -> list[Owner]:
     return [
         _describe(name, module, [modules[ancestor] for ancestor in _ancestors(name)])
         for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention) or (_heads(module) and _has_query_projection(module))
+        if isinstance(module, nn.MultiheadAttention)
+        or (_heads(module) and _has_query_projection(module))
+        or calls_attention(module)
     ]
 
 
@@ -90,6 +93,8 @@ def _verdict(
     if getattr(module, "is_cross_attention", None) is True:
         return "dense", "cross-attention: is_cross_attention is set"
     processor = getattr(module, "processor", None)
+    if processor is None and ancestors and _is_taken_apart(name, ancestors[0]):
+        return "dense", f"{type(ancestors[0]).__name__} calls parts of it, not it"
     # A class named so may serve self-attention too, where its second sequence is optional.
     for text in (name, type(processor).__name__, *[type(module).__name__] * (second is None)):
         if _CROSS.search(text):
@@ -132,8 +137,15 @@ def _verdict(
 
 def _never_called(name: str, parent: nn.Module) -> bool:
     """Whether the parent's code never mentions the child `name`: one of its base class that it does without."""
-    indirect = name.isdigit() or names_used(parent, 0) & _INDIRECT
-    return not indirect and name not in names_used(parent)
+    return not _is_reached_indirectly(name, parent) and name not in names_used(parent)
+
+
+def _is_taken_apart(name: str, parent: nn.Module) -> bool:
+    return not _is_reached_indirectly(name, parent) and takes_apart(parent, name)
+
+
+def _is_reached_indirectly(name: str, parent: nn.Module) -> bool:
+    return name.isdigit() or bool(names_used(parent, 0) & _INDIRECT)
 
 
 def _heads(module: nn.Module) -> int | None:

@@ -830,6 +830,32 @@ def test_a_registry_of_subclasses_does_not_hear_of_it():
     assert Registered.names == ["Layer"] and type(model[0]).__mro__[2] is Layer
 
 
+class TakesApart(nn.Module):
+    """Attends itself, with the projections of attentions that nobody calls, as the double blocks of FLUX's own code."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.hidden_size = 2, 32
+        self.img_attn, self.txt_attn = SelfAttention(), SelfAttention()
+
+    def forward(self, img, txt):
+        packed = torch.cat([self.txt_attn.qkv(txt), self.img_attn.qkv(img)], 1)
+        query, key, value = packed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return self.img_attn.proj(out[:, txt.shape[1] :])
+
+
+@pytest.mark.parametrize("examples", [False, True])
+def test_a_block_that_attends_itself_is_the_owner(examples):
+    model, inputs = TakesApart().eval(), make_inputs(200, context=30)
+    dense = model(*inputs)
+    sla_compile.accelerate(model, config=CONFIG, example_inputs=inputs if examples else None)
+    assert not torch.equal(model(*inputs), dense)
+    report = sla_compile.report(model)
+    assert [(site.name, site.shape) for site in report.rewritten] == [("", "(1, 2, 230, 16)")]
+    assert sorted(site.name for site in report.dense) == ["img_attn", "txt_attn"]
+
+
 def test_joint_attention_of_two_sequences_is_redirected():
     """Text and video concatenated inside the attention (CogVideoX, single blocks of HunyuanVideo)."""
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.utils.checkpoint import checkpoint
 
-from sla_compile.source import ATTENTION, concatenates, names_used, passes
+from sla_compile.source import ATTENTION, calls_attention, concatenates, names_used, passes, takes_apart
 
 
 class Projections(nn.Module):
@@ -97,6 +98,47 @@ def test_names_used_follows_methods_functions_and_attributes(owner, calls):
     assert ("softmax" in used) is (owner is Softmax)
 
 
+class ThroughItsChild(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.attend = Cross(), nn.Identity()
+
+    def forward(self, x):
+        return self.attend(self.layer(x))  # the child `attend` is not the function of that name
+
+
+@pytest.mark.parametrize(
+    ("owner", "calls"),
+    [
+        (Joint, True),
+        (ThroughAFunction, True),
+        (ThroughAnotherName, True),
+        (Softmax, False),
+        (ThroughItsChild, False),
+        (nn.TransformerEncoderLayer, False),
+    ],
+)
+def test_whether_a_forward_calls_attention_itself(owner, calls):
+    assert calls_attention(owner(8, 2) if owner is nn.TransformerEncoderLayer else owner()) is calls
+
+
+class TakesApart(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = self.called = self.handed_on = self.explicit = self.unused = Cross()
+        self.parts.to_q.weight.data.zero_()
+
+    def forward(self, x):
+        x = self.called(x) + self.called.to_q(x) + self.explicit.forward(x) + self.explicit.to_k(x)
+        x = checkpoint(self.handed_on, x) + self.handed_on.to_v(x)
+        return attend(self.parts.to_q(x), self.parts.to_k(x), self.parts.to_v(x))
+
+
+@pytest.mark.parametrize("attribute", ["parts", "called", "handed_on", "explicit", "unused"])
+def test_a_child_of_which_only_parts_are_used(attribute):
+    assert takes_apart(TakesApart(), attribute) is (attribute == "parts")
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -137,4 +179,5 @@ def test_code_without_source_tells_nothing():
     made = namespace["Made"]()
     assert not concatenates(made.forward, "context")
     assert passes(made, "inner", Cross(), "context") is None
+    assert not calls_attention(made) and not takes_apart(made, "inner")
     assert "inner" in names_used(made)
