@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from export_cases import CASES, SLA2, SLA2_BY_BLOCK, Attention, Case, config
+from sampling import ALL_CASES
 from torch.export import Dim
 
 HERE = Path(__file__).parent
@@ -55,21 +56,24 @@ def of(case: Case, dtype: torch.dtype, *lengths: int, **options: Any) -> Program
 LOW_BIT = {name: Case(name, config(low_bit=name), "bool") for name in ("int8", "fp8")}
 PROGRAMS = {
     "plain": of(CASES[0], torch.bfloat16, 1, 64, 65, 257),
-    "plain, from 65": of(CASES[0], torch.bfloat16, example=65),
     "plain, from 4096": of(CASES[0], torch.bfloat16, example=4096),
     "bool mask": of(CASES[1], torch.float16, 130),
-    "all keys, pinned": of(CASES[2], torch.bfloat16, 70),
-    "sparse alone, pinned": of(CASES[3], torch.float16, 130),
     "SLA2, mask, pinned": of(SLA2[1], torch.float16, 1, 130),
-    "SLA2, mask, pinned, from 4000": of(SLA2[1], torch.float16, example=4000),
     "int8": of(LOW_BIT["int8"], torch.bfloat16, 70),
-    "static": of(CASES[4], torch.float32, 200, longest=0),
     "static, SLA2 by block": of(SLA2_BY_BLOCK, torch.bfloat16, 200, longest=0),
     "static, fp8": of(LOW_BIT["fp8"], torch.float16, 200, longest=0),
     "no longest": of(CASES[0], torch.bfloat16, 70, longest=None),
     "dynamic batch": of(CASES[0], torch.float16, 70, most_batches=8),
     "dynamic batch, no largest": of(CASES[0], torch.float16, most_batches=None),
 }
+if ALL_CASES:
+    PROGRAMS |= {
+        "plain, from 65": of(CASES[0], torch.bfloat16, example=65),
+        "all keys, pinned": of(CASES[2], torch.bfloat16, 70),
+        "sparse alone, pinned": of(CASES[3], torch.float16, 130),
+        "SLA2, mask, pinned, from 4000": of(SLA2[1], torch.float16, example=4000),
+        "static": of(CASES[4], torch.float32, 200, longest=0),
+    }
 
 
 def trace(program: Program) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from export_cases import (
     run_runner,
 )
 from models import build, make_inputs
+from sampling import ALL_CASES, every_other
 from torch.export import export
 
 import sla_compile.export
@@ -30,13 +31,17 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    """A package with a dynamic length, made by torch's own function from a program that holds the operator."""
+@pytest.fixture(scope="module", params=every_other(["sla_compile", "torch"]))
+def package(request, tmp_path_factory):
+    """A package with a dynamic length; with SLA_ALL_CASES=1 also as torch's own function makes it."""
     path = tmp_path_factory.mktemp("aoti") / "network.pt2"
-    with torch.no_grad():
-        program = export(network(), make_inputs(200), dynamic_shapes=NETWORK_SHAPES)
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    if request.param == "torch":
+        with torch.no_grad():
+            program = export(network(), make_inputs(200), dynamic_shapes=NETWORK_SHAPES)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    else:
+        sla_compile.export.aoti(network(), path, make_inputs(200), dynamic_shapes=NETWORK_SHAPES)
+    assert os.listdir(path.parent) == [path.name]
     return path
 
 
@@ -78,6 +83,7 @@ def test_fresh_process_without_sla_compile(package, tmp_path):
     assert "expected to be <= 4096, but got: 5000" in done.stderr, done.stderr
 
 
+@pytest.mark.skipif(not ALL_CASES, reason="takes a minute; SLA_ALL_CASES=1 runs it")
 def test_helper_static_length_mask_shared_heads_and_sla2(tmp_path):
     case = SLA2[1]
     model, inputs = Attention(case).eval(), case.inputs(200)

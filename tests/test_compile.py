@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import build, make_inputs
-from sampling import ALL_CASES
+from sampling import ALL_CASES, every_other
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -121,7 +121,7 @@ def test_dense_context_switches_a_compiled_model():
             assert torch.equal(compiled(*inputs), sparse)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", every_other(["aot_eager", "inductor"]))
 def test_autocast(backend):
     model = accelerated(depth=1)
     compiled = torch.compile(model, backend=backend, fullgraph=True)

@@ -17,10 +17,10 @@ CALLS = [
     ("compile_gate", ["--arch", arch, "--cases", cases, *options])
     for arch, cases, *options in (
         ("90", "90-bf16-D128-q64"),
-        ("80", "80-bf16-D64-q64-sla2"),
-        ("gfx942", "gfx942-bf16-D64-q64"),
-        ("89", "89-bf16-D64-q64-fp8"),
-        ("100", "100-bf16-D64-q64-int8"),
+        ("80", "80-bf16-D64-q64-sla2", "--kernels", "forward,summaries,projection_gradient"),
+        ("gfx942", "gfx942-bf16-D64-q64", "--kernels", "forward,query_gradient"),
+        ("89", "89-bf16-D64-q64-fp8", "--kernels", "quantize,forward"),
+        ("100", "100-bf16-D64-q64-int8", "--kernels", "quantize,forward"),
         ("90", "90-bf16-D64-q128", "--candidates", "--kernels", "query_gradient"),
     )
 ]
