@@ -23,7 +23,7 @@ class Site:
     Args:
         name: path of the owner in the model, or of the node in the graph where the owner is unknown.
         rewritten: whether it runs as sparse-linear attention.
-        reason: why it stays dense; if rewritten, why some of its calls do, empty if none does.
+        reason: why it stays dense; if rewritten, why some of its calls do, or that it was not called; else empty.
         shape: query shape as text, symbols included; empty where it is not known without running.
         keys: number of keys as text, likewise.
         head_dim: D, if known.

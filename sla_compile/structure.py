@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import nn
 
 from sla_compile.source import ATTENTION, calls_attention, concatenates, names_used, passes, takes_apart
 
-_HEADS = ("heads", "num_heads", "n_heads", "num_attention_heads", "n_head", "nheads", "num_query_heads", "num_q_heads")
+_HEADS = tuple(
+    "heads num_heads n_heads num_attention_heads n_head nheads heads_num num_query_heads num_q_heads".split()
+)
 _HEAD_DIM = ("head_dim", "dim_head", "dim_heads", "attention_head_dim", "head_size")
 _INNER = ("inner_dim", "embed_dim", "all_head_size", "hidden_size", "dim", "hidden_dim", "d_model")
 _QUERY = re.compile(r"^(to_)?(w?q|query|q_proj|query_proj|linear_q|wq)$")
@@ -65,9 +68,7 @@ def find_owners(model: nn.Module) -> list[Owner]:
     return [
         _describe(name, module, [modules[ancestor] for ancestor in _ancestors(name)])
         for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-        or (_heads(module) and _has_query_projection(module))
-        or calls_attention(module)
+        if _looks_like_attention(module) or calls_attention(module)
     ]
 
 
@@ -84,7 +85,16 @@ def _describe(name: str, module: nn.Module, ancestors: list[nn.Module]) -> Owner
         or isinstance(getattr(module, "added_kv_proj_dim", None), int)
     )
     verdict, why = _verdict(name.rpartition(".")[2], module, ancestors, second, joint)
-    return Owner(name, module, head_dim(module), _heads(module), second, joint, verdict, why)
+    declaring = [module, *(part for part in module.modules() if _looks_like_attention(part))]
+    return Owner(name, module, _common(head_dim, declaring), _common(_heads, declaring), second, joint, verdict, why)
+
+
+def _common(read: Callable[[nn.Module], int | None], modules: Sequence[nn.Module]) -> int | None:
+    """What the first module declares or, where it does not, all others that do: a block attends with the projections of
+    its attentions."""
+    first, *rest = map(read, modules)
+    declared = {value for value in rest if value is not None} if first is None else {first}
+    return declared.pop() if len(declared) == 1 else None
 
 
 def _verdict(
@@ -152,8 +162,11 @@ def _heads(module: nn.Module) -> int | None:
     return next((module.__dict__[a] for a in _HEADS if isinstance(module.__dict__.get(a), int)), None)
 
 
-def _has_query_projection(module: nn.Module) -> bool:
-    return any(_QUERY.match(name) or _PACKED.search(name) for name, _ in module.named_children())
+def _looks_like_attention(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    children = (name for name, _ in module.named_children())
+    return bool(_heads(module)) and any(_QUERY.match(name) or _PACKED.search(name) for name in children)
 
 
 def head_dim(module: nn.Module) -> int | None:

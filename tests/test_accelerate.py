@@ -856,6 +856,32 @@ def test_a_block_that_attends_itself_is_the_owner(examples):
     assert sorted(site.name for site in report.dense) == ["img_attn", "txt_attn"]
 
 
+def test_heads_of_a_block_are_those_of_its_attentions():
+    block = TakesApart()
+    del block.num_heads, block.hidden_size
+    sla_compile.accelerate(block, config=CONFIG.replace(method="sla2"))
+    assert (block.sla.num_heads, block.sla.head_dim) == (2, 16)
+
+
+def test_owners_that_nobody_calls_say_so_after_a_run():
+    class HandsOn(nn.Module):
+        """What structure cannot tell: a function gets the attentions and takes them apart."""
+
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = SelfAttention(), SelfAttention()
+
+        def forward(self, x):
+            return self.used(x) + len([self.unused])
+
+    model = sla_compile.accelerate(HandsOn().eval(), config=CONFIG)
+    assert not any(site.reason for site in sla_compile.report(model))
+    model(make_inputs()[0])
+    used, unused = sla_compile.report(model)
+    assert not used.reason and used.shape
+    assert "not called by an eager run" in unused.reason and unused.rewritten
+
+
 def test_joint_attention_of_two_sequences_is_redirected():
     """Text and video concatenated inside the attention (CogVideoX, single blocks of HunyuanVideo)."""
 
