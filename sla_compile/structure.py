@@ -65,11 +65,15 @@ def find_owners(model: nn.Module) -> list[Owner]:
     A module that several parents share appears once, under its first name.
     """
     modules = dict(model.named_modules())
-    return [
-        _describe(name, module, [modules[ancestor] for ancestor in _ancestors(name)])
-        for name, module in model.named_modules()
-        if _looks_like_attention(module) or calls_attention(module)
-    ]
+    owners = []
+    for name, module in modules.items():
+        ancestors = [modules[ancestor] for ancestor in _ancestors(name)]
+        # An attention may leave the call to a child that is given query, key and value.
+        if _looks_like_attention(module) or (
+            calls_attention(module) and not any(map(_looks_like_attention, ancestors))
+        ):
+            owners.append(_describe(name, module, ancestors))
+    return owners
 
 
 def _ancestors(name: str) -> list[str]:

@@ -863,6 +863,25 @@ def test_heads_of_a_block_are_those_of_its_attentions():
     assert (block.sla.num_heads, block.sla.head_dim) == (2, 16)
 
 
+def test_an_attention_that_leaves_the_call_to_its_child_is_the_owner():
+    class Core(nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    class WithCore(SelfAttention):
+        def __init__(self):
+            super().__init__()
+            self.core = Core()
+
+        def forward(self, x):
+            query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            return self.proj(self.core(query, key, value).transpose(1, 2).flatten(2))
+
+    model = sla_compile.accelerate(nn.Sequential(WithCore()).eval(), config=CONFIG)
+    model(make_inputs()[0])
+    assert [(site.name, site.rewritten, bool(site.shape)) for site in sla_compile.report(model)] == [("0", True, True)]
+
+
 def test_owners_that_nobody_calls_say_so_after_a_run():
     class HandsOn(nn.Module):
         """What structure cannot tell: a function gets the attentions and takes them apart."""
