@@ -884,7 +884,7 @@ def test_an_attention_that_leaves_the_call_to_its_child_is_the_owner():
 
 def test_owners_that_nobody_calls_say_so_after_a_run():
     class HandsOn(nn.Module):
-        """What structure cannot tell: a function gets the attentions and takes them apart."""
+        """What structure cannot tell: something else gets an attention, and does not call it."""
 
         def __init__(self):
             super().__init__()
