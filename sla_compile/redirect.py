@@ -321,17 +321,19 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
 
     NOTE [Checkpoints need a mode outside]
     Dynamo refuses a mode that is first entered inside a compiled activation checkpoint, as an unsafe side effect; one
-    that stands outside already makes it none. So a mode that does nothing surrounds the model while it is traced for
-    training; not for inference, because Dynamo mistakes values after a graph break inside of a mode (Mochi has one).
+    that was entered outside before makes it none. So a mode that does nothing surrounds the model while it is traced
+    for training. For inference it is left at once, which serves checkpoints up to the first graph break: Dynamo
+    mistakes values after a break inside of a mode (Mochi has one).
     """
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, cls):
             return base.forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             with _NoRedirect():
-                return super(cls, self).forward(*args, **kwargs)
+                if torch.is_grad_enabled():
+                    return super(cls, self).forward(*args, **kwargs)
         return super(cls, self).forward(*args, **kwargs)
 
     cls: Any = _subclass(base, forward, root_class)

@@ -32,9 +32,12 @@ def assert_same_gradients(one, other, **tolerance):
         torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", *(["inductor"] if ALL_CASES else [])])  # see max_autotune
-def test_whole_model_in_one_graph(backend):
-    model = accelerated(depth=1 if backend == "inductor" else 2)
+@pytest.mark.parametrize(
+    ("backend", "checkpointing"),  # some models checkpoint in inference, too
+    [("eager", False), ("aot_eager", True), *([("inductor", False)] if ALL_CASES else [])],  # see max_autotune
+)
+def test_whole_model_in_one_graph(backend, checkpointing):
+    model = accelerated(checkpointing=checkpointing, depth=1 if backend == "inductor" else 2)
     counters.clear()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
