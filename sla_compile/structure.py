@@ -31,7 +31,10 @@ BYPASSED = (
     "nn.TransformerEncoderLayer may bypass its attention by a fused path; call "
     "torch.backends.mha.set_fastpath_enabled(False) before accelerate, and wherever the model runs"
 )
-_OTHER_ATTENTION = {"softmax", "multi_head_attention_forward", "get_attention_scores", "flex_attention"}
+_OTHER_ATTENTION = re.compile(
+    r"^(softmax|multi_head_attention_forward|get_attention_scores|flex_attention|memory_efficient_attention"
+    r"|_?(flash|sage)_?att(n|ention)\w*)$"
+)
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,11 @@ def _verdict(
         return "self", "decided per call: query, key and value are one tensor"
     caller = module if processor is None else processor
     calls = names_used(caller)
-    if not calls & ATTENTION and (processor is not None or calls & _OTHER_ATTENTION):
+    others = ", ".join(sorted(filter(_OTHER_ATTENTION.match, calls)))
+    if not calls & ATTENTION and (processor is not None or others):
         why = f"{type(caller).__name__} does not call scaled_dot_product_attention"
         if processor is None:  # models of transformers take it from a table, and name what they write out
-            why += " by name; where it takes it from a table, pass example_inputs"
+            why += f" by name but {others}; let it call that, or pass example_inputs where it does, from a table"
         return "dense", why
     if joint:
         return "self", "joint attention of two sequences"

@@ -679,10 +679,27 @@ class FromATable(SelfAttention):
 
 def test_attention_from_a_table_takes_example_inputs():
     model = nn.Sequential(FromATable())
-    with pytest.raises(ValueError, match="FromATable does not call .* by name; .* pass example_inputs"):
+    with pytest.raises(ValueError, match="FromATable does not call .* by name but softmax; .* pass example_inputs"):
         sla_compile.accelerate(model, config=CONFIG)
     sla_compile.accelerate(model, config=CONFIG, example_inputs=(torch.randn(1, 200, 32),))
     assert names(sla_compile.report(model)) == ["0"]
+
+
+def flash_attn_func(query, key, value):
+    return written_out(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+
+class CallsALibrary(SelfAttention):
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return self.proj(flash_attn_func(query, key, value).flatten(2))
+
+
+def test_attention_of_a_library_stays_dense_and_says_so():
+    model = sla_compile.accelerate(nn.Sequential(CallsALibrary(), SelfAttention()), config=CONFIG)
+    report = sla_compile.report(model)
+    assert names(report) == ["1"]
+    assert "by name but flash_attn_func" in report.rows[0].reason
 
 
 @pytest.mark.parametrize("part", ["", "attn"])
