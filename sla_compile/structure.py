@@ -193,9 +193,9 @@ def head_dim(module: nn.Module) -> int | None:
         width = getattr(module, attribute, None)
         if isinstance(width, int) and width % heads == 0:
             return width // heads
-    for name, child in module.named_children():
-        features = getattr(child, "out_features", None)
-        if isinstance(features, int) and _PACKED.search(name) and features % (3 * heads) == 0:
+    for path, part in module.named_modules():  # of a block that attends itself, the projection may be in a child
+        features = getattr(part, "out_features", None)
+        if isinstance(features, int) and _PACKED.search(path.rpartition(".")[2]) and features % (3 * heads) == 0:
             return features // (3 * heads)
     return None
 

@@ -873,9 +873,14 @@ def test_a_block_that_attends_itself_is_the_owner(examples):
     assert sorted(site.name for site in report.dense) == ["img_attn", "txt_attn"]
 
 
-def test_heads_of_a_block_are_those_of_its_attentions():
+@pytest.mark.parametrize("declares", ["its attentions", "the block"])
+def test_heads_of_a_block_and_of_its_attentions(declares):
     block = TakesApart()
-    del block.num_heads, block.hidden_size
+    del block.hidden_size
+    if declares == "the block":  # and the attentions hold nothing but projections
+        del block.img_attn.num_heads, block.txt_attn.num_heads
+    else:
+        del block.num_heads
     sla_compile.accelerate(block, config=CONFIG.replace(method="sla2"))
     assert (block.sla.num_heads, block.sla.head_dim) == (2, 16)
 
