@@ -4,8 +4,11 @@ import copy
 import functools
 import io
 import pickle
+import re
+import sys
 import threading
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -686,6 +689,7 @@ def test_attention_from_a_table_takes_example_inputs():
 
 
 def flash_attn_func(query, key, value):
+    query = query * query.shape[-1] ** -0.5
     return written_out(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
 
 
@@ -700,6 +704,18 @@ def test_attention_of_a_library_stays_dense_and_says_so():
     report = sla_compile.report(model)
     assert names(report) == ["1"]
     assert "by name but flash_attn_func" in report.rows[0].reason
+
+
+def test_attention_of_a_library_replaced_as_the_documents_say(monkeypatch):
+    page = (Path(__file__).parent.parent / "docs/how_it_works.md").read_text()
+    (code,) = re.findall(r"(?ms)^```python\n(.*?)^```$", page)
+    dense = nn.Sequential(CallsALibrary())
+    x = torch.randn(1, 200, 32)
+    expected = dense(x)
+    monkeypatch.setattr(sys.modules[__name__], "flash_attn_func", flash_attn_func)
+    exec(code, {"file_of_the_model": sys.modules[__name__]})
+    torch.testing.assert_close(dense(x), expected, rtol=1e-5, atol=1e-5)  # other sums of 200 float32 probabilities
+    assert names(sla_compile.report(sla_compile.accelerate(dense, config=CONFIG))) == ["0"]
 
 
 @pytest.mark.parametrize("part", ["", "attn"])
