@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sla_compile.array_operators import OPERATORS
 from sla_compile.discovery import SDPA
 from sla_compile.functional import why_alpha_does_not_fit
 from sla_compile.module import SparseLinearAttention
@@ -165,6 +166,8 @@ class _NoRedirect(TorchFunctionMode):
 def _pass(func: Any, args: tuple, kwargs: dict) -> Any:
     if func is torch.Tensor.unflatten:  # Dynamo cannot trace the method, which calls super(), under a mode
         return torch.unflatten(*args, **kwargs)
+    if torch.compiler.is_compiling() and args and type(args[0]).__name__ == "ndarray" and func.__name__ in OPERATORS:
+        return OPERATORS[func.__name__](*args)  # NOTE [Arrays under a mode]
     return func(*args, **kwargs)
 
 

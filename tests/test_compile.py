@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from models import build, make_inputs
+from models import SelfAttention, build, make_inputs
 from sampling import ALL_CASES, every_other
 from torch import nn
 from torch._dynamo.utils import counters
@@ -16,6 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import sla_compile
 from sla_compile import SLAConfig
+from sla_compile.array_operators import OPERATORS
 
 CONFIG = SLAConfig(sparsity=0.8, min_seq_len=64)
 
@@ -57,6 +59,37 @@ def test_training(backend, checkpointing):
     reference(*make_inputs()).square().sum().backward()
     assert_same_gradients(model, reference, rtol=1e-4, atol=1e-3 if backend == "inductor" else 0)
     assert all(p.grad.abs().sum() > 0 for p in sla_compile.parameters(model))
+
+
+class WithArrays(SelfAttention):
+    """Arithmetic of NumPy, which Dynamo traces, in a timestep embedding and for a temperature."""
+
+    def forward(self, x):
+        rates = 1 / 10000 ** (np.arange(16) / 16)
+        angles = np.concatenate([np.sin(-rates * 3), np.cos(rates @ np.eye(16) - 1)])
+        return super().forward(x + torch.from_numpy(angles).float()) * (2 / np.sqrt(self.num_heads))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("owner", [False, True])
+def test_arithmetic_of_arrays(owner, grad):
+    torch.manual_seed(0)
+    model = nn.Sequential(WithArrays(), SelfAttention()).requires_grad_(grad)
+    sla_compile.accelerate(model, config=CONFIG, exclude=None if owner else "0")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(1, 200, 32)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_every_operator_of_an_array_is_said_again():
+    """What the operators become is told apart by names, which no two of them may share."""
+    array = np.array([5.0])
+    for name, function in OPERATORS.items():
+        arguments = (array.copy(),) if name in ("abs", "neg", "positive") else (array.copy(), np.array([2.0]))
+        tensors = [torch.from_numpy(argument.copy()) for argument in arguments]
+        expected = getattr(torch.Tensor, name)(*tensors).numpy()
+        np.testing.assert_array_equal(function(*arguments).reshape(expected.shape), expected, name)
 
 
 def test_checkpointing_compiled_block_by_block():
