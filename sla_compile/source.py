@@ -42,6 +42,8 @@ def names_used(caller: Any, followed: int = 3) -> set[str]:
             if callable(value) and not inspect.isclass(value):
                 used.add(getattr(value, "__name__", name))
                 pending.append((value, owner if inspect.isroutine(value) else value, left - 1))
+            if "super" in names:
+                pending.append((_inherited(owner, name, function), owner, left - 1))
     return used
 
 
@@ -50,6 +52,15 @@ def _member(owner: Any, name: str) -> Any:
     state = getattr(owner, "__dict__", {})
     found = (place[name] for place in (state, state.get("_modules", {})) if name in place)
     return next(found, getattr(type(owner), name, None))
+
+
+def _inherited(owner: Any, name: str, function: types.FunctionType) -> Any:
+    """What ``super().name`` is in a method of `owner`."""
+    bases = iter(type(owner).__mro__)
+    for base in bases:
+        if _function(vars(base).get(function.__name__)) is function:
+            return next((getattr(above, name) for above in bases if name in vars(above)), None)
+    return None
 
 
 def calls_attention(module: nn.Module, followed: int = 3) -> bool:
@@ -76,6 +87,8 @@ def _callee(call: ast.Call, function: types.FunctionType, module: nn.Module) -> 
     called = call.func
     if isinstance(called, ast.Name):
         return function.__globals__.get(called.id)
+    if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Call) and _called(called.value) == "super":
+        return _inherited(module, called.attr, function)
     if not isinstance(called, ast.Attribute) or not isinstance(called.value, ast.Name):
         return None
     if called.value.id in function.__code__.co_varnames[:1]:  # self

@@ -83,6 +83,11 @@ class ThroughAnotherName(Projections):
         return sdpa(self.to_q(x), self.to_k(x), self.to_v(x))
 
 
+class ThroughItsBase(ThroughAnotherName):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
 class Softmax(Projections):
     def forward(self, x):
         return torch.softmax(self.to_q(x) @ self.to_k(x).mT, -1) @ self.to_v(x)
@@ -90,7 +95,14 @@ class Softmax(Projections):
 
 @pytest.mark.parametrize(
     ("owner", "calls"),
-    [(Joint, True), (ThroughAFunction, True), (ThroughAnAttribute, True), (ThroughAnotherName, True), (Softmax, False)],
+    [
+        (Joint, True),
+        (ThroughAFunction, True),
+        (ThroughAnAttribute, True),
+        (ThroughAnotherName, True),
+        (ThroughItsBase, True),
+        (Softmax, False),
+    ],
 )
 def test_names_used_follows_methods_functions_and_attributes(owner, calls):
     used = names_used(owner())
@@ -113,6 +125,7 @@ class ThroughItsChild(nn.Module):
         (Joint, True),
         (ThroughAFunction, True),
         (ThroughAnotherName, True),
+        (ThroughItsBase, True),
         (Softmax, False),
         (ThroughItsChild, False),
         (nn.TransformerEncoderLayer, False),
