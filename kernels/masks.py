@@ -22,7 +22,7 @@ def key_bias(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """
     if mask is None:
         return None
-    for dim in range(1 if mask.dim() == 4 else 0, mask.dim() - 1):
+    for dim in _shared(mask):
         mask = mask.narrow(dim, 0, 1)
     mask = mask.expand(batch, 1, 1, length).reshape(batch, length)
     if mask.dtype == torch.bool:
@@ -31,3 +31,25 @@ def key_bias(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     largest = bias.amax(-1, keepdim=True)
     bias = bias - largest.where(largest > -torch.inf, 0)
     return bias.masked_fill(bias < LEAST_BIAS, -torch.inf)
+
+
+def assert_shared(mask: Tensor | None) -> None:
+    """Raises RuntimeError, on a GPU where the work on it ends, for a mask that hides other keys from other queries.
+
+    A program that was exported with a mask expanded over heads or queries is free to be given one that is not; only
+    such a mask, which its strides tell, is looked at.
+    """
+    if mask is None:
+        return
+    for dim in _shared(mask):
+        if mask.shape[dim] != 1 and mask.stride(dim) != 0:
+            torch._assert_async(
+                (mask == mask.narrow(dim, 0, 1)).all(),
+                "the attention mask hides other keys from other queries or heads, unlike the one that the program was "
+                "exported with, which was expanded from (batch, 1, 1, tokens)",
+            )
+
+
+def _shared(mask: Tensor) -> range:
+    """Dimensions of heads and queries."""
+    return range(1 if mask.dim() == 4 else 0, mask.dim() - 1)

@@ -18,7 +18,7 @@ from sla_compile import transforms
 from sla_compile.config import SLAConfig
 from sla_compile.kernels import decomposed
 from sla_compile.kernels.layout import transposed_empty
-from sla_compile.kernels.masks import key_bias
+from sla_compile.kernels.masks import assert_shared, key_bias
 from sla_compile.kernels.routing import route
 from sla_compile.kernels.smoothing import has_complement, token_mean, without_mean
 from sla_compile.kernels.spec import Spec
@@ -172,6 +172,7 @@ def _prepared(
     routing: tuple,
 ) -> dict[str, Any]:
     """What the kernels of both directions take besides the tokens and the projection."""
+    assert_shared(key_padding_mask)
     bias = key_bias(key_padding_mask, query.shape[0], query.shape[2])
     if block_map is None:
         sparsity, negligible, critical_blocks, pinned, router_q, router_k = routing

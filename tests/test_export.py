@@ -15,12 +15,13 @@ from export_cases import (
     run_python,
 )
 from graph_tools import OP, ops, targets
-from models import make_inputs
+from models import SelfAttention, make_inputs
 from sampling import every_other, pairs
 from torch._dynamo.backends.common import aot_autograd
 from torch.export import export
 
 import sla_compile
+from sla_compile import SLAConfig
 from sla_compile.export import decompositions
 from sla_compile.kernels import decomposed
 
@@ -75,6 +76,19 @@ def test_logsumexp(length):
         _, result = decomposed.forward(query, key, value, *rest, *scalars)
         _, expected = torch.ops.sla_compile.sparse_linear_attention(query, key, value, *rest, *scalars)
         torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")  # the redirect's mode
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_mask_that_is_not_what_the_example_was_is_caught(strict):
+    """Nothing in a program holds the next mask to be expanded over queries, as the example's strides told."""
+    model = sla_compile.accelerate(SelfAttention(), config=SLAConfig(sparsity=0.5, min_seq_len=64)).eval()
+    x, mask = torch.randn(2, 200, 32), (torch.arange(200) < 150).expand(2, 1, 200, 200)
+    program = export(model, (x, mask), strict=strict).module()
+    torch.testing.assert_close(program(x, mask), model(x, mask))
+    torch.testing.assert_close(program(x, mask.contiguous()), model(x, mask))  # its strides do not matter
+    with pytest.raises(RuntimeError, match="hides other keys from other queries"):
+        program(x, mask.tril())
 
 
 def test_low_bit_has_kernels_only():

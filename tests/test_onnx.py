@@ -228,6 +228,20 @@ def test_bfloat16_where_it_is_wanted(tmp_path):
         onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
+def test_a_mask_expanded_outside_of_the_program_is_refused(tmp_path):
+    class Expands(torch.nn.Module):
+        def forward(self, query, mask):
+            mask = mask.unsqueeze(1).expand(-1, -1, query.shape[2], -1)
+            return sla_compile.sparse_linear_attention(query, query, query, config=config, key_padding_mask=mask)
+
+    config = SLAConfig(critical_blocks=1, linear="none")
+    query, mask = torch.randn(1, 2, 130, 16), (torch.arange(130) < 100).expand(1, 1, 130)
+    assert file_of(Expands(), tmp_path / "inside.onnx", (query, mask)).is_file()
+    with pytest.raises(ValueError, match=r"the mask mask that .* export with a mask of shape \(batch, 1, 1, tokens\)"):
+        file_of(Expands(), tmp_path / "outside.onnx", (query, mask.expand(-1, 130, -1)))
+    assert not (tmp_path / "outside.onnx").exists()
+
+
 def test_masks_that_are_made_of_booleans(tmp_path):
     """As HunyuanVideo's, with a choice between booleans, which ONNX Runtime has no kernel for."""
 

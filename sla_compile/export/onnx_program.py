@@ -16,6 +16,7 @@ from sla_compile.export.packages import exported, written_whole
 MINIMUM_OPSET = 18  # sizes as inputs of reductions, Split by sizes; also torch's own minimum
 # The newest that says nothing a runtime of the last years cannot read: ONNX Runtime from 1.17, TensorRT from 10.
 DEFAULT_OPSET = 20
+MASK = 8  # position of the operator's key_padding_mask
 # Fewer, and the overhead of the loop shows on the CPU; more, and what is gathered leaves the cache.
 ROWS_PER_STEP = 8
 
@@ -70,7 +71,8 @@ def onnx(
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        ValueError: the model is not accelerated, or the opset is too old or too new for the installed onnx.
+        ValueError: the model is not accelerated, the opset is too old or too new for the installed onnx, or the example
+            of an input that is a mask was expanded over queries.
         TypeError: the model holds bfloat16 tensors.
     """
     translations = {**onnx_translations(rows_per_step), **options.pop("custom_translation_table", {})}
@@ -79,6 +81,7 @@ def onnx(
     check_opset(opset_version)
     program = exported(model, args, kwargs, dynamic_shapes)
     check_accelerated(program, "torch.onnx.export")
+    _check_masks(program)
     if not bfloat16:
         _check_no_bfloat16(program)
     options = {"verbose": False, **options}
@@ -113,6 +116,28 @@ def _check_installed() -> None:
     except ModuleNotFoundError as error:
         raise ImportError(f'ONNX export needs {error.name}: pip install "sla-compile[onnx]"') from error
     del onnx
+
+
+def _check_masks(program: ExportedProgram) -> None:
+    """An ONNX file cannot tell an expanded mask, of which the operator reads one row, from another."""
+    for node in program.graph.find_nodes(op="call_function", target=OP):
+        mask = node.args[MASK]
+        if not isinstance(mask, torch.fx.Node) or not _is_expanded(mask):
+            continue
+        while mask.args and isinstance(mask.args[0], torch.fx.Node):
+            mask = mask.args[0]
+        if mask.op == "placeholder" and _is_expanded(mask):
+            raise ValueError(
+                f"the mask {mask.name} that the program was exported with is expanded over heads or queries, and "
+                "nothing in an ONNX file would hold its next one to that; export with a mask of shape "
+                "(batch, 1, 1, tokens)"
+            )
+
+
+def _is_expanded(mask: torch.fx.Node) -> bool:
+    value = mask.meta["val"]
+    sizes = list(zip(value.shape, value.stride(), strict=True))[1 if value.dim() == 4 else 0 : -1]
+    return any(size != 1 and stride == 0 for size, stride in sizes)
 
 
 def _check_no_bfloat16(program: ExportedProgram) -> None:
