@@ -166,7 +166,7 @@ class _NoRedirect(TorchFunctionMode):
 def _pass(func: Any, args: tuple, kwargs: dict) -> Any:
     if func is torch.Tensor.unflatten:  # Dynamo cannot trace the method, which calls super(), under a mode
         return torch.unflatten(*args, **kwargs)
-    if torch.compiler.is_compiling() and args and type(args[0]).__name__ == "ndarray" and func.__name__ in OPERATORS:
+    if args and type(args[0]).__name__ == "ndarray" and func.__name__ in OPERATORS:
         return OPERATORS[func.__name__](*args)  # NOTE [Arrays under a mode]
     return func(*args, **kwargs)
 
