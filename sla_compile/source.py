@@ -82,7 +82,7 @@ def calls_attention(module: nn.Module, followed: int = 3) -> bool:
     return False
 
 
-def _callee(call: ast.Call, function: types.FunctionType, module: nn.Module) -> Any:
+def _callee(call: ast.Call, function: types.FunctionType, module: Any) -> Any:
     """What a call in the code of `function` reaches by a global name, as `file.name` or as a method of `module`."""
     called = call.func
     if isinstance(called, ast.Name):
@@ -95,6 +95,14 @@ def _callee(call: ast.Call, function: types.FunctionType, module: nn.Module) -> 
         return _member(module, called.attr)
     place = function.__globals__.get(called.value.id)
     return getattr(place, called.attr, None) if isinstance(place, types.ModuleType) else None
+
+
+def _attends(call: ast.Call, function: types.FunctionType, owner: Any) -> bool:
+    """Whether a call in the code of `function` is one of attention, or of a function that calls it."""
+    if _called(call) in ATTENTION:
+        return True
+    value = _callee(call, function, owner)
+    return inspect.isroutine(value) and bool(names_used(value) & ATTENTION)
 
 
 def takes_apart(caller: nn.Module, attribute: str) -> bool:
@@ -114,18 +122,22 @@ def concatenates(function: Any, second: str) -> bool:
     """Whether the queries of the attention in `function` come from a concatenation with its argument `second`."""
     derived: set[str] = {second}  # names computed from `second`
     joined: set[str] = set()  # names computed from a concatenation with it
-    for statement in _statements(_function(function)):
+    plain = _function(function)
+    if plain is None:
+        return False
+    for statement in _statements(plain):
         for call in _calls(statement.value):
-            if _called(call) in ATTENTION and call.args:
+            if call.args and _attends(call, plain, getattr(function, "__self__", None)):
                 return bool(_read(call.args[0]) & joined)
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        written = {node.id for target in targets if target for node in ast.walk(target) if isinstance(node, ast.Name)}
-        read = _read(statement.value)
-        joins = any(_called(call) in _CONCATENATE and _read(call) & derived for call in _calls(statement.value))
-        if joins or read & joined:
-            joined |= written
-        if read & derived:
-            derived |= written
+        written: list[tuple[set[str], set[str]]] = []  # names that become joined, and derived
+        for targets, value in _assignments(statement):
+            names = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+            read = _read(value)
+            joins = any(_called(call) in _CONCATENATE and _read(call) & derived for call in _calls(value))
+            written.append((names if joins or read & joined else set(), names if read & derived else set()))
+        for from_joined, from_second in written:
+            joined |= from_joined
+            derived |= from_second
     return False
 
 
@@ -182,7 +194,7 @@ def _tree(definition: Any) -> ast.Module:
         return ast.Module([], [])
 
 
-def _statements(function: types.FunctionType | None) -> list[Any]:
+def _statements(function: types.FunctionType) -> list[Any]:
     """Statements with a value, in the order of the source."""
     kinds = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
     found = [node for node in ast.walk(_tree(function)) if isinstance(node, kinds) and node.value is not None]
@@ -191,6 +203,17 @@ def _statements(function: types.FunctionType | None) -> list[Any]:
 
 def _calls(tree: ast.AST) -> Iterator[ast.Call]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def _assignments(statement: Any) -> list[tuple[list[ast.expr], ast.expr]]:
+    """Targets and value of a statement; several where a tuple is assigned to a tuple."""
+    value = statement.value
+    targets: list[ast.expr] = getattr(statement, "targets", None) or [getattr(statement, "target", ast.Tuple([]))]
+    if len(targets) == 1 and isinstance(targets[0], ast.Tuple) and isinstance(value, ast.Tuple):
+        one, other = targets[0].elts, value.elts
+        if len(one) == len(other) and not any(isinstance(part, ast.Starred) for part in (*one, *other)):
+            return [([target], part) for target, part in zip(one, other, strict=True)]
+    return [(targets, value)]
 
 
 @functools.cache

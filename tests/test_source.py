@@ -47,15 +47,38 @@ class KeysAndValuesJoined(Projections):
         return F.scaled_dot_product_attention(x, x, x)
 
 
+def attend(query, key, value):
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+class JointThroughAFunction(Projections):
+    def forward(self, x, context):
+        query = torch.cat([self.project(x), self.project(context)], 1)
+        return attend(query, query, query)
+
+    def project(self, x):
+        return self.to_q(x)
+
+
+class CrossThroughAFunction(Projections):
+    def forward(self, x, context):
+        query, context = self.to_q(x), torch.cat([x, context], 1)
+        return attend(query, self.to_k(context), self.to_v(context))
+
+
 @pytest.mark.parametrize(
-    ("owner", "joint"), [(Joint, True), (JointAfterProjection, True), (Cross, False), (KeysAndValuesJoined, False)]
+    ("owner", "joint"),
+    [
+        (Joint, True),
+        (JointAfterProjection, True),
+        (JointThroughAFunction, True),
+        (Cross, False),
+        (CrossThroughAFunction, False),
+        (KeysAndValuesJoined, False),
+    ],
 )
 def test_joint_when_queries_hold_both_sequences(owner, joint):
     assert concatenates(owner().forward, "context") is joint
-
-
-def attend(query, key, value):
-    return F.scaled_dot_product_attention(query, key, value)
 
 
 class ThroughAFunction(Projections):
