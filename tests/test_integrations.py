@@ -1,6 +1,9 @@
 """An accelerated diffusers model in the company of diffusers, peft, accelerate and torch.distributed."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,6 +254,13 @@ def test_distributed_data_parallel_needs_no_unused_parameters(one_rank):
     for _ in range(2):
         model(**make_inputs())[0].square().mean().backward()
     assert all(p.grad is not None for p in sla_compile.parameters(model.module))
+
+
+def test_gradients_on_two_processes(tmp_path):
+    """Data parallel, and fully sharded and compiled, against one process that sees the inputs of both."""
+    command = [sys.executable, Path(__file__).with_name("two_processes.py"), tmp_path / "store"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("mode", ["regional", "whole"])
