@@ -22,7 +22,7 @@ def key_bias(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """
     if mask is None:
         return None
-    for dim in _shared(mask):
+    for dim in shared_dims(mask):
         mask = mask.narrow(dim, 0, 1)
     mask = mask.expand(batch, 1, 1, length).reshape(batch, length)
     if mask.dtype == torch.bool:
@@ -41,7 +41,7 @@ def assert_shared(mask: Tensor | None) -> None:
     """
     if mask is None:
         return
-    for dim in _shared(mask):
+    for dim in shared_dims(mask):
         if mask.shape[dim] != 1 and mask.stride(dim) != 0:
             torch._assert_async(
                 (mask == mask.narrow(dim, 0, 1)).all(),
@@ -50,6 +50,6 @@ def assert_shared(mask: Tensor | None) -> None:
             )
 
 
-def _shared(mask: Tensor) -> range:
-    """Dimensions of heads and queries."""
+def shared_dims(mask: Tensor) -> range:
+    """Its dimensions of heads and queries, over which a key-padding mask is the same."""
     return range(1 if mask.dim() == 4 else 0, mask.dim() - 1)

@@ -12,13 +12,14 @@ from torch.export import ExportedProgram
 
 from sla_compile.export.decompose import OP, check_accelerated
 from sla_compile.export.packages import exported, written_whole
+from sla_compile.kernels.masks import shared_dims
 
 MINIMUM_OPSET = 18  # sizes as inputs of reductions, Split by sizes; also torch's own minimum
 # The newest that says nothing a runtime of the last years cannot read: ONNX Runtime from 1.17, TensorRT from 10.
 DEFAULT_OPSET = 20
-MASK = 8  # position of the operator's key_padding_mask
 # Fewer, and the overhead of the loop shows on the CPU; more, and what is gathered leaves the cache.
 ROWS_PER_STEP = 8
+_MASK = 8  # position of the operator's key_padding_mask
 
 
 def onnx_translations(rows_per_step: int = ROWS_PER_STEP) -> dict[torch._ops.OpOverload, Callable]:
@@ -121,7 +122,7 @@ def _check_installed() -> None:
 def _check_masks(program: ExportedProgram) -> None:
     """An ONNX file cannot tell an expanded mask, of which the operator reads one row, from another."""
     for node in program.graph.find_nodes(op="call_function", target=OP):
-        mask = node.args[MASK]
+        mask = node.args[_MASK]
         if not isinstance(mask, torch.fx.Node) or not _is_expanded(mask):
             continue
         while mask.args and isinstance(mask.args[0], torch.fx.Node):
@@ -136,8 +137,7 @@ def _check_masks(program: ExportedProgram) -> None:
 
 def _is_expanded(mask: torch.fx.Node) -> bool:
     value = mask.meta["val"]
-    sizes = list(zip(value.shape, value.stride(), strict=True))[1 if value.dim() == 4 else 0 : -1]
-    return any(size != 1 and stride == 0 for size, stride in sizes)
+    return any(value.shape[dim] != 1 and value.stride(dim) == 0 for dim in shared_dims(value))
 
 
 def _check_no_bfloat16(program: ExportedProgram) -> None:
